@@ -1,0 +1,67 @@
+# The one place that knows how to set up, test and run the project. `make help` lists the targets.
+VENV ?= .venv
+PYTHON ?= python3
+# The CPU build of torch; a GPU machine installs its own: make setup TORCH=torch
+TORCH ?= torch==2.13.0
+PYTEST_ARGS ?=
+BASE ?= HEAD~1
+DATA ?= ../shared/data
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: help system setup build demo test bench bench-compare results lint format docs new-op clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+system:  ## as root, on Debian or Ubuntu: compiler, Python headers, DIALS (tests and results compare with it)
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	  build-essential cmake git python3-dev python3-venv dials
+
+setup: $(VENV)/.installed  ## virtual environment with the package (editable) and everything its tests use
+
+$(VENV)/.installed: pyproject.toml CMakeLists.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install -q --disable-pip-version-check "scikit-build-core>=0.11" "pybind11>=3.0" "ninja>=1.11"
+	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e ".[dev,gpu]"
+	touch $@
+
+build: setup  ## rebuild the compiled extension after a change in csrc/
+	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+
+demo: setup  ## simulate a data set, integrate it, compare with its truth: demo/report.html
+	$(BIN)/xtalfast demo -o demo
+
+test: setup  ## the whole test-suite
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+bench: setup  ## speed ratios against in-run baselines, compared with bench/baseline.json
+	OMP_NUM_THREADS=1 $(BIN)/pytest bench --benchmark-sort=name --benchmark-columns=min,median,rounds $(PYTEST_ARGS)
+
+bench-compare: setup  ## speed of this tree against another commit: make bench-compare BASE=v0.1
+	$(BIN)/python bench/compare.py $(BASE)
+
+results: setup  ## docs/results.md from the shared data (DATA=...), DIALS beside us
+	$(BIN)/python bench/results.py --data $(DATA)
+
+lint: setup  ## ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*
+
+format: setup  ## rewrite the sources as `make lint` wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*
+
+docs: setup  ## rewrite the generated parts of docs/ (command-line help, table of ops)
+	$(BIN)/python docs/generate.py
+
+new-op: setup  ## the files of a new op: make new-op NAME=my_op
+	$(BIN)/python docs/new_op.py $(NAME)
+
+clean:  ## remove build products, never results
+	rm -rf build dist demo .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,29 @@
+"""The command line: one file per verb, each adds its options and calls the library. `xtalfast VERB --help` teaches it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from xtalfast.errors import InputError, MissingExtraError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Exit status: 0 done, 2 bad input (one line on stderr), 130 interrupted; `--debug` shows the trace."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        try:
+            from xtalfast.cli.app import run
+        except ModuleNotFoundError as error:
+            if error.name not in ("typer", "rich", "click"):
+                raise
+            raise MissingExtraError(error.name, "cli", "the command line") from error
+        return run(arguments)
+    except (InputError, MissingExtraError) as error:
+        if "--debug" in arguments:
+            raise
+        print(f"xtalfast: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("xtalfast: interrupted; the same command resumes where it stopped", file=sys.stderr)
+        return 130

@@ -1,0 +1,5 @@
+import sys
+
+from xtalfast.cli import main
+
+sys.exit(main())
