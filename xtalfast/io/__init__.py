@@ -1,0 +1,13 @@
+"""Files in and out: DIALS models and reflections, images, MTZ; no DIALS install needed."""
+
+from xtalfast.io.refl import Flag, RawColumn, ReflectionTable, read_refl, write_refl
+from xtalfast.io.shoebox_column import ShoeboxColumn
+
+__all__ = [
+    "Flag",
+    "RawColumn",
+    "ReflectionTable",
+    "ShoeboxColumn",
+    "read_refl",
+    "write_refl",
+]
