@@ -1,0 +1,1 @@
+"""Diffraction images to intensities: prediction, shoeboxes, spot models, networks, estimates."""
