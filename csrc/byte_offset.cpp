@@ -70,12 +70,24 @@ inline ByteOffsetStatus decode_one(Stream &s) {
   return ByteOffsetStatus::ok;
 }
 
+// Pixels from here on that one-byte differences cannot carry out of int32, so that runs of them need no range check.
+std::size_t safe_run(const Stream &s, std::size_t n) {
+  const auto reach = static_cast<std::size_t>((int32_max - std::max(s.value, -s.value - 1)) / 128);
+  return std::min({n, reach, s.left()});
+}
+
 ByteOffsetStatus decode_scalar(Stream &s, std::int32_t *out, std::size_t n, std::size_t &i) {
-  for (; i < n; ++i) {
+  while (i < n) {
+    auto value = static_cast<std::int32_t>(s.value);
+    for (const std::size_t limit = i + safe_run(s, n - i); i < limit && *s.p != escape8; ++i)
+      out[i] = value += static_cast<std::int8_t>(*s.p++);
+    s.value = value;
+    if (i == n)
+      break;
     const ByteOffsetStatus status = decode_one(s);
     if (status != ByteOffsetStatus::ok)
       return status;
-    out[i] = static_cast<std::int32_t>(s.value);
+    out[i++] = static_cast<std::int32_t>(s.value);
   }
   return ByteOffsetStatus::ok;
 }
@@ -106,9 +118,7 @@ __attribute__((target("avx2"))) ByteOffsetStatus decode_avx2(Stream &s, std::int
                                                              std::size_t &i) {
   const __m256i escapes = _mm256_set1_epi8(static_cast<char>(escape8));
   while (i < n) {
-    // One-byte differences cannot leave int32 within this many pixels, so the blocks need no range check.
-    const auto safe = static_cast<std::size_t>((int32_max - std::max(s.value, -s.value - 1)) / 128);
-    const std::size_t limit = i + std::min({n - i, safe, s.left()});
+    const std::size_t limit = i + safe_run(s, n - i);
     __m256i before = _mm256_set1_epi32(static_cast<std::int32_t>(s.value));
     const std::size_t start = i;
     while (i + block <= limit) {
