@@ -1,0 +1,182 @@
+"""Where and when each reflection diffracts: spot positions of a rotation experiment, scan-static or scan-varying.
+
+A reflection with reciprocal vector q0 at phi = 0 diffracts at the angles phi at which s1 = s0 + R(phi) q0 has the length of
+s0. Written in the frame of the rotation axis this is a cos(phi) + b sin(phi) = c, solved in closed form for all Miller
+indices at once; a scan-varying crystal is the same equation with the setting matrix of the solution's own image, solved
+by iteration. The spot is where the ray s1 meets a panel.
+
+Ref: W. Kabsch, Acta Cryst. D66, 133-144 (2010), section 2.2; D. G. Waterman et al., Acta Cryst. D72, 558-575 (2016).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import gemmi
+import numpy as np
+from numpy.typing import NDArray
+
+from xtalfast.errors import InputError
+from xtalfast.models import Array, Beam, Crystal, Experiment, Goniometer, Scan
+
+# A scan-varying crystal may leave the mean setting by a degree or two: solutions this far outside the scan are followed.
+_SCAN_VARYING_REACH = np.radians(3.0)
+_SCAN_VARYING_ITERATIONS = 6  # each gains about the drift per image, in radians: 1e-4 or less
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Predicted spots, one row each; hkl appears once for every crossing of the Ewald sphere."""
+
+    hkl: NDArray[np.int32]  # [N, 3]
+    panel: NDArray[np.int64]  # [N]
+    s1: Array  # [N, 3] 1/A
+    xyz_px: Array  # [N, 3] px, px, image
+    xyz_mm: Array  # [N, 3] mm, mm, rad
+    entering: NDArray[np.bool_]  # [N] True when the reflection moves into the Ewald sphere
+    d: Array  # [N] A
+
+    def __len__(self) -> int:
+        return len(self.hkl)
+
+    def select(self, rows: NDArray) -> Predictions:
+        """The given rows (indices or a mask)."""
+        return Predictions(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+
+def miller_indices(crystal: Crystal, d_min: float) -> NDArray[np.int32]:
+    """All Miller indices [N, 3] to `d_min` (A) over the whole sphere, without systematic absences."""
+    if not d_min > 0:
+        raise InputError(f"d_min must be a positive resolution in A, got {d_min}")
+    return np.asarray(gemmi.make_miller_array(crystal.cell, crystal.space_group, d_min, 0.0, False), np.int32)
+
+
+def diffraction_angles(q0: Array, beam: Beam, goniometer: Goniometer) -> tuple[Array, Array]:
+    """The two rotation angles at which reciprocal vectors diffract.
+
+    Args:
+        q0: reciprocal vectors at phi = 0, before the goniometer (A @ hkl), [..., 3], 1/A.
+
+    Returns:
+        phi [..., 2] in (-2 pi, 2 pi), rad, nan where the vector never meets the Ewald sphere; and q0 in the frame of the
+        axis, [..., 3].
+    """
+    axis = goniometer.axis / np.linalg.norm(goniometer.axis)
+    s0 = np.linalg.solve(goniometer.setting, beam.s0)
+    q = q0 @ goniometer.fixed.T
+    along = (q @ axis)[..., None] * axis
+    across = q - along
+    # |s0 + R q|^2 = |s0|^2  <=>  cos(phi) across.s0 + sin(phi) (axis x q).s0 = -q.q / 2 - along.s0
+    a, b = across @ s0, np.cross(axis, q) @ s0
+    c = -0.5 * np.sum(q * q, axis=-1) - along @ s0
+    with np.errstate(invalid="ignore", divide="ignore"):
+        half = np.arccos(c / np.hypot(a, b))
+    middle = np.arctan2(b, a)
+    return np.stack([middle - half, middle + half], axis=-1), q
+
+
+def predict(experiment: Experiment, d_min: float, *, padding: float = 0.0) -> Predictions:
+    """Spots of every reflection to `d_min` that diffracts onto the detector during the scan.
+
+    Args:
+        experiment: beam, detector, goniometer, scan and crystal; scan-varying when the crystal has scan points.
+        d_min: resolution limit, A.
+        padding: also keep spots whose centre lies up to this many images outside the scan.
+
+    Returns:
+        The spots in the order of their Miller indices.
+
+    Raises:
+        InputError: a still, or an experiment without crystal, goniometer or scan.
+    """
+    if experiment.crystal is None:
+        raise InputError("prediction needs a crystal model in the experiment, got none; index the data first")
+    return predict_hkl(experiment, miller_indices(experiment.crystal, d_min), padding=padding)
+
+
+def predict_hkl(experiment: Experiment, hkl: NDArray, *, padding: float = 0.0) -> Predictions:
+    """Spots of the given Miller indices [N, 3]; see `predict`."""
+    beam, goniometer, scan, crystal = experiment.beam, experiment.goniometer, experiment.scan, experiment.crystal
+    if goniometer is None or scan is None or experiment.is_still:
+        raise InputError("prediction needs a rotation experiment (goniometer and scan with a width), got a still")
+    if crystal is None:
+        raise InputError("prediction needs a crystal model in the experiment, got none; index the data first")
+    hkl = np.asarray(hkl, np.int32)
+    varying = crystal.A_at_scan_points is not None
+    middle = 0.5 * sum(scan.array_range)
+    phi, _ = diffraction_angles(hkl @ crystal.A_at(np.array(middle), scan).T, beam, goniometer)
+    rows, phi = _within_scan(phi, scan, padding, _SCAN_VARYING_REACH if varying else 0.0)
+    if varying:
+        for _ in range(_SCAN_VARYING_ITERATIONS):
+            q0 = np.einsum("nij,nj->ni", crystal.A_at(scan.z_from_phi(phi), scan), hkl[rows])
+            solutions, _ = diffraction_angles(q0, beam, goniometer)
+            away = (solutions - phi[:, None] + np.pi) % (2 * np.pi) - np.pi
+            nearest = np.argmin(np.where(np.isnan(away), np.inf, np.abs(away)), axis=1)
+            phi = phi + np.take_along_axis(away, nearest[:, None], axis=1)[:, 0]
+    z = scan.z_from_phi(phi)
+    inside = (z >= scan.array_range[0] - padding) & (z < scan.array_range[1] + padding)
+    rows, phi, z = rows[inside], phi[inside], z[inside]
+
+    q0 = np.einsum("nij,nj->ni", crystal.A_at(z, scan), hkl[rows])
+    s1 = beam.s0 + np.einsum("nij,nj->ni", goniometer.rotation(phi), q0)
+    panel, xy_mm, xy_px = _on_detector(experiment, s1)
+    hit = panel >= 0
+    return Predictions(
+        hkl=hkl[rows][hit],
+        panel=panel[hit],
+        s1=s1[hit],
+        xyz_px=np.column_stack([xy_px, z])[hit],
+        xyz_mm=np.column_stack([xy_mm, phi])[hit],
+        entering=(s1[hit] @ np.cross(goniometer.lab_axis, beam.s0)) > 0,
+        d=1 / np.linalg.norm(q0[hit], axis=1),
+    )
+
+
+def _within_scan(phi: Array, scan: Scan, padding: float, reach: float) -> tuple[NDArray[np.int64], Array]:
+    """Every turn of phi [N, 2] that falls in the scan: rows into N, and the angle on the scan's own count of turns."""
+    ends = np.sort(scan.phi_from_z(np.array([scan.array_range[0] - padding, scan.array_range[1] + padding])))
+    first, last = ends[0] - reach, ends[1] + reach
+    row = np.broadcast_to(np.arange(len(phi))[:, None], phi.shape)[~np.isnan(phi)]
+    angle = phi[~np.isnan(phi)]
+    angle = first + (angle - first) % (2 * np.pi)
+    turns = np.arange(int(np.ceil((last - first) / (2 * np.pi))))
+    angle = angle[:, None] + 2 * np.pi * turns
+    row = np.broadcast_to(row[:, None], angle.shape)
+    inside = angle <= last
+    row, angle = row[inside], angle[inside]
+    order = np.argsort(row, kind="stable")
+    return row[order], angle[order]
+
+
+def _on_detector(experiment: Experiment, s1: Array) -> tuple[NDArray[np.int64], Array, Array]:
+    """First panel that each ray meets (-1: none), and the place in mm and px."""
+    panel = np.full(len(s1), -1)
+    xy_mm, xy_px = np.zeros((len(s1), 2)), np.zeros((len(s1), 2))
+    for number, model in enumerate(experiment.detector):
+        here, hit = model.intersect(s1)
+        rows = np.flatnonzero(hit & (panel < 0))
+        panel[rows], xy_mm[rows], xy_px[rows] = number, here[rows], model.px_from_mm(here[rows])
+    return panel, xy_mm, xy_px
+
+
+def lorentz_polarisation(experiment: Experiment, s1: Array) -> Array:
+    """The factor `lp` that multiplies a recorded intensity to give one proportional to F^2, [N].
+
+    Args:
+        s1: diffracted wave vectors, [N, 3], 1/A.
+
+    Returns:
+        Lorentz |axis . (s1 x s0)| / (|s1| |s0|) over polarisation (1 - 2p) (1 - (n . s1)^2) + p (1 + (s1 . s0)^2) with
+        unit vectors, n the polarisation normal and p the polarisation fraction. A still has Lorentz factor 1.
+
+    Ref: W. Kabsch, Acta Cryst. D66, 133-144 (2010), equation 26; the convention of DIALS' `lp` column.
+    """
+    beam = experiment.beam
+    out = s1 / np.linalg.norm(s1, axis=-1, keepdims=True)
+    incident = beam.s0 / np.linalg.norm(beam.s0)
+    p = beam.polarization_fraction
+    normal = beam.polarization_normal / np.linalg.norm(beam.polarization_normal)
+    polarisation = (1 - 2 * p) * (1 - (out @ normal) ** 2) + p * (1 + (out @ incident) ** 2)
+    if experiment.goniometer is None or experiment.is_still:
+        return 1 / polarisation
+    return np.abs(out @ np.cross(experiment.goniometer.lab_axis, incident)) / polarisation
