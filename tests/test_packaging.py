@@ -28,9 +28,9 @@ def sdist(tmp_path_factory) -> Path:
     return next(out.glob("*.tar.gz"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def source(sdist, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("source")
+    out = tmp_path_factory.mktemp("source")  # a tree of its own: CMake remembers which compilers it found
     shutil.unpack_archive(sdist, out, filter="data")
     return next(out.iterdir())
 
