@@ -5,6 +5,8 @@
 #include <cstdint>
 
 #include "byte_offset.hpp"
+#include "extract_shoeboxes.hpp"
+#include "mark_overlaps.hpp"
 
 namespace py = pybind11;
 
@@ -44,4 +46,45 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release release;
     xtalfast::byte_offset_encode(pointer<const std::int32_t>(pixels), n, pointer<std::uint8_t>(out));
   });
+
+  // `stream` is used on a CUDA device only; -> 0 or a cudaError_t.
+  m.def(
+      "extract_shoeboxes",
+      [](std::uintptr_t pixels, bool wide_pixels, std::uintptr_t mask, std::int64_t mask_stride, std::int64_t n_z,
+         std::int64_t n_y, std::int64_t n_x, std::int32_t low, std::int32_t high, std::uintptr_t bbox,
+         std::uintptr_t offset, std::int64_t n, std::uintptr_t counts, bool wide_counts, std::uintptr_t valid,
+         std::uintptr_t peak, std::uintptr_t overloads, bool on_cuda, std::uintptr_t stream, int n_threads) {
+        const xtalfast::ImageStack images{pointer<void>(pixels), pointer<std::uint8_t>(mask), mask_stride, n_z, n_y, n_x,
+                                          low, high, wide_pixels};
+        const xtalfast::Boxes boxes{pointer<std::int32_t>(bbox), pointer<std::int64_t>(offset), n,
+                                    pointer<void>(counts), pointer<std::uint8_t>(valid), pointer<std::int32_t>(peak),
+                                    pointer<std::int32_t>(overloads), wide_counts};
+        if (!on_cuda) {
+          xtalfast::extract_shoeboxes(images, boxes, n_threads);
+          return 0;
+        }
+#ifdef XTALFAST_WITH_CUDA
+        return xtalfast::extract_shoeboxes_cuda(images, boxes, pointer<void>(stream));
+#else
+        (void)stream;
+        return -1;
+#endif
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "mark_overlaps",
+      [](std::uintptr_t bbox, std::uintptr_t offset, std::uintptr_t hkl, std::uintptr_t centre, std::uintptr_t shift,
+         std::int64_t n, std::uintptr_t mask, std::uintptr_t index_from_lab, std::int64_t z_begin, std::int64_t n_z,
+         std::uintptr_t panel, std::uintptr_t s0, double wavelength, std::uintptr_t rotation,
+         std::uintptr_t translation, std::int64_t n_ops, std::int32_t denominator, std::uint8_t bit, int n_threads) {
+        const xtalfast::OverlapBoxes boxes{pointer<std::int32_t>(bbox), pointer<std::int64_t>(offset),
+                                           pointer<std::int32_t>(hkl), pointer<double>(centre), pointer<double>(shift),
+                                           n, pointer<std::uint8_t>(mask)};
+        const xtalfast::OverlapGeometry geometry{pointer<double>(index_from_lab), z_begin, n_z, pointer<double>(panel),
+                                                 pointer<double>(s0), wavelength};
+        const xtalfast::Absences absences{pointer<std::int32_t>(rotation), pointer<std::int32_t>(translation), n_ops,
+                                          denominator};
+        xtalfast::mark_overlaps(boxes, geometry, absences, bit, n_threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
 }
