@@ -1,0 +1,103 @@
+"""Intensities against known truth: what a simulated data set can say that no real one can."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xtalfast.errors import InputError
+
+Array = NDArray[np.float64]
+
+# Edges of the expected I/sigma in which pulls are reported.
+PULL_EDGES = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
+
+
+@dataclass(frozen=True)
+class PullBin:
+    """Pulls (I - truth) / sigma of the reflections whose expected I/sigma lies in [low, high)."""
+
+    low: float
+    high: float
+    n: int
+    mean: float
+    sd: float
+    robust_sd: float  # 1.4826 x median absolute deviation
+
+
+@dataclass(frozen=True)
+class TruthComparison:
+    """Agreement of n intensities with truth on one scale."""
+
+    n: int
+    scale: float  # I = scale * truth
+    r: float  # sum |I - k T| / sum k T
+    cc: float  # Pearson correlation of I and T
+    log_slope: float  # of log I on log k T where k T > 10 sigma (least squares)
+    log_correlation: float
+    n_log: int
+    mean_at_zero: float  # mean I where T = 0
+    error_at_zero: float  # its standard error
+    pulls: tuple[PullBin, ...] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def compare_with_truth(
+    intensity: Array, variance: Array, truth: Array, *, scale: float | None = None, strong: float = 10.0
+) -> TruthComparison:
+    """Compare intensities with the true ones.
+
+    Args:
+        intensity: [N] estimated intensities (any sign).
+        variance: [N] their variances, > 0.
+        truth: [N] true intensities, >= 0, on a scale proportional to `intensity`.
+        scale: intensity per unit of truth; None fits the one constant that makes the median ratio of the strong
+            reflections 1, 1.0 for truth in photons.
+        strong: slope and correlation of the logarithms use reflections with truth above `strong` sigma.
+
+    Raises:
+        InputError: shapes differ, or no finite reflection is left.
+    """
+    arrays = np.broadcast_arrays(np.asarray(intensity, float), np.asarray(variance, float), np.asarray(truth, float))
+    i, v, t = (a[np.isfinite(arrays).all(axis=0) & (arrays[1] > 0)] for a in arrays)
+    if i.size == 0:
+        raise InputError(f"no reflection has finite intensity, truth and a positive variance (of {arrays[0].size})")
+    sigma = np.sqrt(v)
+    if scale is None:
+        sure = i > strong * sigma
+        sure = sure if sure.any() else i > np.median(i)
+        scale = float(np.median(i[sure] / np.maximum(t[sure], np.finfo(float).tiny)))
+    t = scale * t
+    z = (i - t) / sigma
+    expected = t / sigma
+    high = (expected > strong) & (i > 0)
+    slope = correlation = np.nan
+    if high.sum() > 2:
+        x, y = np.log(t[high]), np.log(i[high])
+        slope = float(np.cov(x, y)[0, 1] / np.var(x, ddof=1))
+        correlation = float(np.corrcoef(x, y)[0, 1])
+    zero = t == 0
+    n_zero = int(zero.sum())
+    pulls = []
+    for low, top in zip((-np.inf, *PULL_EDGES), (*PULL_EDGES, np.inf)):
+        q = z[(expected >= low) & (expected < top)]
+        if q.size > 1:
+            robust = 1.4826 * float(np.median(np.abs(q - np.median(q))))
+            pulls.append(PullBin(low, top, q.size, float(q.mean()), float(q.std(ddof=1)), robust))
+    return TruthComparison(
+        n=i.size,
+        scale=scale,
+        r=float(np.abs(i - t).sum() / t.sum()) if t.sum() > 0 else float("nan"),
+        cc=float(np.corrcoef(i, t)[0, 1]) if i.size > 1 and t.std() > 0 else float("nan"),
+        log_slope=slope,
+        log_correlation=correlation,
+        n_log=int(high.sum()),
+        mean_at_zero=float(i[zero].mean()) if n_zero else float("nan"),
+        error_at_zero=float(i[zero].std(ddof=1) / np.sqrt(n_zero)) if n_zero > 1 else float("nan"),
+        pulls=tuple(pulls),
+    )
