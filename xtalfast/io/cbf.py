@@ -50,7 +50,7 @@ _PADDING = 4095
 _TRUNCATED, _TRAILING, _OVERFLOW = 1, 2, 3  # ByteOffsetStatus of csrc/byte_offset.hpp
 
 
-def decode_byte_offset(stream: bytes, n_pixels: int, *, isa: int | None = None) -> NDArray[np.int32]:
+def decode_byte_offset(stream: bytes | memoryview, n_pixels: int, *, isa: int | None = None) -> NDArray[np.int32]:
     """Pixels of a CBF byte-offset stream, which must hold exactly `n_pixels`.
 
     Args:
@@ -65,7 +65,7 @@ def decode_byte_offset(stream: bytes, n_pixels: int, *, isa: int | None = None) 
         CorruptImageError: the stream is too short or too long, or a pixel is beyond int32.
     """
     C = _native.require("decode_byte_offset")
-    # A pixel takes at least one byte: checked before the image is allocated, since a damaged header can ask for any size.
+    # A pixel takes at least one byte. Checked before allocating, since a damaged header can ask for any size.
     if n_pixels > len(stream):
         raise CorruptImageError(f"{len(stream)} bytes cannot hold {n_pixels} pixels")
     source = np.frombuffer(stream, np.uint8)
@@ -220,7 +220,9 @@ def _parse_header(path: str | os.PathLike, data: bytes) -> CbfHeader:
         raise InputError(f"{path}: wanted one image, got a stack of {mime['X-Binary-Size-Third-Dimension']}")
     elements = number("X-Binary-Number-of-Elements", fast * slow)
     if elements != fast * slow or elements == 0:
-        raise CorruptImageError(f"{path}: header says {elements} pixels but {fast} x {slow} pixels; the header is damaged")
+        raise CorruptImageError(
+            f"{path}: header says {elements} pixels but {fast} x {slow} pixels; the header is damaged"
+        )
     return CbfHeader(
         text=data[:section].decode("latin-1"),
         mime=mime,
@@ -277,7 +279,7 @@ def _decode(path: str | os.PathLike, data: bytes, verify: bool) -> NDArray[np.in
             logger.warning("%s: no Content-MD5 in the header, so only its sizes were verified", path)
         elif not match:
             raise CorruptImageError(
-                f"{path}: wanted MD5 sum {header.mime['Content-MD5']}, got another; the bytes are damaged, fetch it again"
+                f"{path}: MD5 sum is not {header.mime['Content-MD5']} as in the header; damaged, fetch it again"
             )
     return pixels.reshape(header.shape)
 
