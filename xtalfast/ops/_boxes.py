@@ -1,0 +1,162 @@
+"""What the three intensity ops check and unpack at their door: counts, mask, ragged offsets, profile, background."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xtalfast.ops.profiles import LowRankProfile, MVNProfile, Profile, SoftmaxProfile, materialise, segment_sum
+
+VALID = 1
+OVERLAPPED = 32
+_COUNT_DTYPES = (torch.uint8, torch.uint16, torch.int16, torch.int32, torch.int64)
+
+
+def used_pixels(mask: Tensor) -> Tensor:
+    """Pixels that enter the likelihood: a bool mask as it is; DIALS bits: Valid (1) and not Overlapped (32)."""
+    if mask.dtype == torch.bool:
+        return mask
+    return (mask & (VALID | OVERLAPPED)) == VALID
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """Shoeboxes of N reflections, unpacked: flat pixel arrays [M] and row offsets `ptr` [N + 1]."""
+
+    counts: Tensor  # [M], float
+    used: Tensor  # [M], bool
+    profile: Tensor  # [M]
+    background: Tensor  # [M]
+    ptr: Tensor  # int64 [N + 1]
+    row: Tensor  # int64 [M]
+
+    def __len__(self) -> int:
+        return len(self.ptr) - 1
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum over the pixels of each box, [M, ...] -> [N, ...]."""
+        return segment_sum(values, self.ptr)
+
+    def where(self, keep: Tensor) -> Boxes:
+        """Only the pixels with `keep` [M]; every box stays, if empty."""
+        kept = torch.nonzero(keep).squeeze(1)
+        n_kept = segment_sum(keep.to(torch.float64), self.ptr).to(torch.int64)
+        ptr = torch.cat([n_kept.new_zeros(1), n_kept.cumsum(0)])
+        values = (t.index_select(0, kept) for t in (self.counts, self.used, self.profile, self.background))
+        return Boxes(*values, ptr, self.row.index_select(0, kept))
+
+
+def check_boxes(
+    counts: Tensor, mask: Tensor | None, profile: Profile, ptr: Tensor | None, background: Tensor | None
+) -> int:
+    """Check shapes, kinds and devices of the pixel arguments, and return N.
+
+    Raises:
+        TypeError: wrong kind or dtype.
+        ValueError: wrong shape, device or range.
+    """
+    if counts.dtype not in _COUNT_DTYPES and not counts.is_floating_point():
+        raise TypeError(f"counts must be an integer or floating tensor, got {counts.dtype}")
+    if ptr is None:
+        if counts.ndim != 2:
+            raise ValueError(f"counts must be [N, P], or [M] with ptr [N + 1], got {list(counts.shape)} without ptr")
+        n, wanted = len(counts), "[N, P]"
+    else:
+        if ptr.dtype != torch.int64 or ptr.ndim != 1 or len(ptr) == 0:
+            raise ValueError(f"ptr must be int64 [N + 1], got {ptr.dtype} {list(ptr.shape)}")
+        if counts.ndim != 1:
+            raise ValueError(f"counts must be [M] when ptr is given, got {list(counts.shape)}")
+        n, wanted = len(ptr) - 1, "[M]"
+        if not torch.compiler.is_compiling() and (ptr[0] != 0 or ptr[-1] != len(counts) or (ptr.diff() < 0).any()):
+            raise ValueError(f"ptr must rise from 0 to M={len(counts)}, got {ptr[0].item()} to {ptr[-1].item()}")
+    if mask is not None:
+        if mask.is_floating_point() or mask.is_complex():
+            raise TypeError(f"mask must be bool, or integer DIALS mask bits, got {mask.dtype}")
+        if mask.shape != counts.shape:
+            raise ValueError(f"mask must have the shape of counts {list(counts.shape)}, got {list(mask.shape)}")
+    if background is not None and background.shape not in (counts.shape, counts.shape[-1:]):
+        wanted_b = "[P] or [N, P]" if ptr is None else "[M]"
+        raise ValueError(f"background must be {wanted_b} for counts {list(counts.shape)}, got {list(background.shape)}")
+    _check_profile(profile, counts, n, ptr, wanted)
+    for name, tensor in (("mask", mask), ("ptr", ptr), ("background", background)):
+        if tensor is not None and tensor.device != counts.device:
+            raise ValueError(f"{name} is on {tensor.device}, counts on {counts.device}: move them to one device")
+    return n
+
+
+def _check_profile(profile: Profile, counts: Tensor, n: int, ptr: Tensor | None, wanted: str) -> None:
+    pixels = counts.shape[-1]
+    if isinstance(profile, SoftmaxProfile | Tensor):
+        name = "profile" if isinstance(profile, Tensor) else "profile.logits"
+        tensor = profile if isinstance(profile, Tensor) else profile.logits
+        expected = {name: (tensor, tuple(counts.shape))}
+    elif isinstance(profile, MVNProfile):
+        expected = {
+            "profile.mean": (profile.mean, (n, 3)),
+            "profile.scale_tril": (profile.scale_tril, (n, 3, 3)),
+            "profile.grid": (profile.grid, (pixels, 3)),
+        }
+    elif isinstance(profile, LowRankProfile):
+        if ptr is not None:
+            raise ValueError("a LowRankProfile belongs to boxes of one size: give counts as [N, P] without ptr")
+        rank = profile.basis.shape[0]
+        expected = {
+            "profile.latent": (profile.latent, (n, rank)),
+            "profile.basis": (profile.basis, (rank, pixels)),
+            "profile.bias": (profile.bias, (pixels,)),
+        }
+    else:
+        raise TypeError(
+            "profile must be a tensor, SoftmaxProfile, MVNProfile or LowRankProfile, got " + type(profile).__name__
+        )
+    for name, (tensor, shape) in expected.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be a floating tensor, got {tensor.dtype}")
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must be {list(shape)} for counts {wanted}, got {list(tensor.shape)}")
+        if tensor.device != counts.device:
+            raise ValueError(f"{name} is on {tensor.device}, counts on {counts.device}: move them to one device")
+    if isinstance(profile, Tensor) and not torch.compiler.is_compiling() and profile.numel():
+        lowest = profile.detach().amin()
+        if not lowest >= 0:  # also catches NaN, which amin hands on
+            raise ValueError(f"profile must be finite and not negative, its smallest value is {lowest.item()}")
+
+
+def profile_dtype(profile: Profile) -> torch.dtype:
+    """Floating type of a profile's parameters."""
+    if isinstance(profile, Tensor):
+        return profile.dtype
+    if isinstance(profile, SoftmaxProfile):
+        return profile.logits.dtype
+    return profile.mean.dtype if isinstance(profile, MVNProfile) else profile.latent.dtype
+
+
+def unpack(
+    counts: Tensor, mask: Tensor | None, profile: Profile, ptr: Tensor | None, background: Tensor | None
+) -> Boxes:
+    """Flat pixel arrays in the precision of the profile (at least float32)."""
+    values = materialise(profile, ptr)
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    values = values.to(dtype)
+    if ptr is None:
+        n, pixels = counts.shape
+        ptr = torch.arange(n + 1, device=counts.device) * pixels
+    row = torch.repeat_interleave(torch.arange(len(ptr) - 1, device=ptr.device), ptr.diff())
+    shape = torch.ones_like(counts, dtype=dtype) if background is None else background.to(dtype).expand(counts.shape)
+    used = torch.ones_like(counts, dtype=torch.bool) if mask is None else used_pixels(mask)
+    flat = (t.reshape(-1) for t in (counts.to(dtype), used, values, shape))
+    return Boxes(*flat, ptr, row)
+
+
+def per_reflection(value: Tensor | float, n: int, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A number or tensor [N] as a tensor [N].
+
+    Raises:
+        ValueError: a tensor of another shape.
+    """
+    tensor = torch.as_tensor(value, device=like.device).to(dtype)
+    if tensor.ndim > 1 or (tensor.ndim == 1 and len(tensor) not in (1, n)):
+        raise ValueError(f"{name} must be a number or [N] with N={n}, got {list(tensor.shape)}")
+    return tensor.expand(n)
