@@ -12,12 +12,9 @@ namespace py = pybind11;
 
 namespace {
 
-template <class T>
-T *pointer(std::uintptr_t address) {
-  return reinterpret_cast<T *>(address);
-}
+template <class T> T *pointer(std::uintptr_t address) { return reinterpret_cast<T *>(address); }
 
-}  // namespace
+} // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.attr("version") = XTALFAST_VERSION;
@@ -28,16 +25,15 @@ PYBIND11_MODULE(_C, m) {
 #endif
 
   // -> (status, pixels decoded, bytes used); see ByteOffsetStatus.
-  m.def("byte_offset_decode",
-        [](std::uintptr_t data, std::size_t size, std::uintptr_t out, std::size_t n, int isa) {
-          xtalfast::ByteOffsetResult r;
-          {
-            py::gil_scoped_release release;
-            r = xtalfast::byte_offset_decode(pointer<const std::uint8_t>(data), size, pointer<std::int32_t>(out), n,
-                                             static_cast<xtalfast::ByteOffsetIsa>(isa));
-          }
-          return py::make_tuple(static_cast<int>(r.status), r.pixels, r.bytes);
-        });
+  m.def("byte_offset_decode", [](std::uintptr_t data, std::size_t size, std::uintptr_t out, std::size_t n, int isa) {
+    xtalfast::ByteOffsetResult r;
+    {
+      py::gil_scoped_release release;
+      r = xtalfast::byte_offset_decode(pointer<const std::uint8_t>(data), size, pointer<std::int32_t>(out), n,
+                                       static_cast<xtalfast::ByteOffsetIsa>(isa));
+    }
+    return py::make_tuple(static_cast<int>(r.status), r.pixels, r.bytes);
+  });
   m.def("byte_offset_best_isa", [] { return static_cast<int>(xtalfast::byte_offset_best_isa()); });
   m.def("byte_offset_encoded_size", [](std::uintptr_t pixels, std::size_t n) {
     return xtalfast::byte_offset_encoded_size(pointer<const std::int32_t>(pixels), n);
@@ -54,11 +50,16 @@ PYBIND11_MODULE(_C, m) {
          std::int64_t n_y, std::int64_t n_x, std::int32_t low, std::int32_t high, std::uintptr_t bbox,
          std::uintptr_t offset, std::int64_t n, std::uintptr_t counts, bool wide_counts, std::uintptr_t valid,
          std::uintptr_t peak, std::uintptr_t overloads, bool on_cuda, std::uintptr_t stream, int n_threads) {
-        const xtalfast::ImageStack images{pointer<void>(pixels), pointer<std::uint8_t>(mask), mask_stride, n_z, n_y, n_x,
-                                          low, high, wide_pixels};
-        const xtalfast::Boxes boxes{pointer<std::int32_t>(bbox), pointer<std::int64_t>(offset), n,
-                                    pointer<void>(counts), pointer<std::uint8_t>(valid), pointer<std::int32_t>(peak),
-                                    pointer<std::int32_t>(overloads), wide_counts};
+        const xtalfast::ImageStack images{
+            pointer<void>(pixels), pointer<std::uint8_t>(mask), mask_stride, n_z, n_y, n_x, low, high, wide_pixels};
+        const xtalfast::Boxes boxes{pointer<std::int32_t>(bbox),
+                                    pointer<std::int64_t>(offset),
+                                    n,
+                                    pointer<void>(counts),
+                                    pointer<std::uint8_t>(valid),
+                                    pointer<std::int32_t>(peak),
+                                    pointer<std::int32_t>(overloads),
+                                    wide_counts};
         if (!on_cuda) {
           xtalfast::extract_shoeboxes(images, boxes, n_threads);
           return 0;
@@ -70,7 +71,10 @@ PYBIND11_MODULE(_C, m) {
         return -1;
 #endif
       },
-      py::call_guard<py::gil_scoped_release>());
+      py::arg("pixels"), py::arg("wide_pixels"), py::arg("mask"), py::arg("mask_stride"), py::arg("n_z"),
+      py::arg("n_y"), py::arg("n_x"), py::arg("low"), py::arg("high"), py::arg("bbox"), py::arg("offset"), py::arg("n"),
+      py::arg("counts"), py::arg("wide_counts"), py::arg("valid"), py::arg("peak"), py::arg("overloads"),
+      py::arg("on_cuda"), py::arg("stream"), py::arg("n_threads"), py::call_guard<py::gil_scoped_release>());
   m.def(
       "mark_overlaps",
       [](std::uintptr_t bbox, std::uintptr_t offset, std::uintptr_t hkl, std::uintptr_t centre, std::uintptr_t shift,
@@ -78,13 +82,17 @@ PYBIND11_MODULE(_C, m) {
          std::uintptr_t panel, std::uintptr_t s0, double wavelength, std::uintptr_t rotation,
          std::uintptr_t translation, std::int64_t n_ops, std::int32_t denominator, std::uint8_t bit, int n_threads) {
         const xtalfast::OverlapBoxes boxes{pointer<std::int32_t>(bbox), pointer<std::int64_t>(offset),
-                                           pointer<std::int32_t>(hkl), pointer<double>(centre), pointer<double>(shift),
-                                           n, pointer<std::uint8_t>(mask)};
-        const xtalfast::OverlapGeometry geometry{pointer<double>(index_from_lab), z_begin, n_z, pointer<double>(panel),
-                                                 pointer<double>(s0), wavelength};
+                                           pointer<std::int32_t>(hkl),  pointer<double>(centre),
+                                           pointer<double>(shift),      n,
+                                           pointer<std::uint8_t>(mask)};
+        const xtalfast::OverlapGeometry geometry{
+            pointer<double>(index_from_lab), z_begin, n_z, pointer<double>(panel), pointer<double>(s0), wavelength};
         const xtalfast::Absences absences{pointer<std::int32_t>(rotation), pointer<std::int32_t>(translation), n_ops,
                                           denominator};
         xtalfast::mark_overlaps(boxes, geometry, absences, bit, n_threads);
       },
-      py::call_guard<py::gil_scoped_release>());
+      py::arg("bbox"), py::arg("offset"), py::arg("hkl"), py::arg("centre"), py::arg("shift"), py::arg("n"),
+      py::arg("mask"), py::arg("index_from_lab"), py::arg("z_begin"), py::arg("n_z"), py::arg("panel"), py::arg("s0"),
+      py::arg("wavelength"), py::arg("rotation"), py::arg("translation"), py::arg("n_ops"), py::arg("denominator"),
+      py::arg("bit"), py::arg("n_threads"), py::call_guard<py::gil_scoped_release>());
 }

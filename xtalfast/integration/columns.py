@@ -146,7 +146,7 @@ def partiality(z0: NDArray, z1: NDArray, z: Array, zeta: Array, sigma_m: float, 
 
 
 def _directions(s0: Array, s1: Array, offset: tuple[float, float]) -> Array:
-    """Scattered vectors [N, 3] on the Ewald sphere at the angles `offset` (rad) along Kabsch's e1, e2 from s1 [N, 3]."""
+    """Scattered vectors [N, 3] on the Ewald sphere at angles `offset` (rad) along Kabsch's e1, e2 from s1 [N, 3]."""
     length = np.linalg.norm(s1, axis=1, keepdims=True)
     unit = s1 / length
     e1 = np.cross(s1, s0)
