@@ -156,7 +156,7 @@ class Scan:
 
     @property
     def array_range(self) -> tuple[int, int]:
-        """Range of z in pixels units of images: (first - 1, last)."""
+        """First and last z of the scan, in images: (first - 1, last)."""
         return self.image_range[0] - 1, self.image_range[1]
 
     def phi_from_z(self, z: float | Array) -> Array:
@@ -177,13 +177,19 @@ class Crystal:
     A_at_scan_points: Array | None = None  # [n_images + 1, 3, 3]
 
     @property
+    def operations(self) -> gemmi.GroupOps:
+        """Symmetry operations, of any setting. Raises InputError for a Hall symbol that cannot be parsed."""
+        try:
+            return gemmi.symops_from_hall(self.hall_symbol.strip())
+        except RuntimeError as error:
+            raise InputError(f"space_group_hall_symbol {self.hall_symbol!r} is no Hall symbol ({error})") from error
+
+    @property
     def space_group(self) -> gemmi.SpaceGroup:
-        """Raises InputError for a Hall symbol that gemmi does not know."""
-        hall = " ".join(self.hall_symbol.split())
-        operations = gemmi.symops_from_hall(hall)
-        group = gemmi.find_spacegroup_by_ops(operations)
+        """The tabulated setting. Raises InputError for one that is in no table (`operations` still has it)."""
+        group = gemmi.find_spacegroup_by_ops(self.operations)
         if group is None:
-            raise InputError(f"space_group_hall_symbol {self.hall_symbol!r} is no known space-group setting")
+            raise InputError(f"space_group_hall_symbol {self.hall_symbol!r} is no tabulated setting; reindex to one")
         return group
 
     @property
