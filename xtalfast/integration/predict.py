@@ -1,15 +1,16 @@
 """Where and when each reflection diffracts: spot positions of a rotation experiment, scan-static or scan-varying.
 
-A reflection with reciprocal vector q0 at phi = 0 diffracts at the angles phi at which s1 = s0 + R(phi) q0 has the length of
-s0. Written in the frame of the rotation axis this is a cos(phi) + b sin(phi) = c, solved in closed form for all Miller
-indices at once; a scan-varying crystal is the same equation with the setting matrix of the solution's own image, solved
-by iteration. The spot is where the ray s1 meets a panel.
+A reflection with reciprocal vector q0 at phi = 0 diffracts at the angles phi at which s1 = s0 + R(phi) q0 has the
+length of s0. Written in the frame of the rotation axis this is a cos(phi) + b sin(phi) = c, solved in closed form for
+all Miller indices at once; a scan-varying crystal is the same equation with the setting matrix of the solution's own
+image, solved by iteration. The spot is where the ray s1 meets a panel.
 
 Ref: W. Kabsch, Acta Cryst. D66, 133-144 (2010), section 2.2; D. G. Waterman et al., Acta Cryst. D72, 558-575 (2016).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import gemmi
@@ -17,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xtalfast.errors import InputError
+from xtalfast.io.refl import Flag, ReflectionTable
 from xtalfast.models import Array, Beam, Crystal, Experiment, Goniometer, Scan
 
-# A scan-varying crystal may leave the mean setting by a degree or two: solutions this far outside the scan are followed.
+# A scan-varying crystal may leave its mean setting by a degree or two: solutions this far off the scan are followed.
 _SCAN_VARYING_REACH = np.radians(3.0)
 _SCAN_VARYING_ITERATIONS = 6  # each gains about the drift per image, in radians: 1e-4 or less
 
@@ -43,6 +45,43 @@ class Predictions:
         """The given rows (indices or a mask)."""
         return Predictions(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
+    @staticmethod
+    def concatenate(parts: Sequence[Predictions]) -> Predictions:
+        """All spots of several predictions, one after the other."""
+        return Predictions(
+            **{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Predictions)}
+        )
+
+    def to_table(self, identifier: str, experiment_id: int = 0) -> ReflectionTable:
+        """The columns that `dials.predict` writes, flagged as predicted, of the experiment with this identifier."""
+        n = len(self)
+        columns = {
+            "miller_index": self.hkl,
+            "id": np.full(n, experiment_id, np.int32),
+            "panel": self.panel.astype(np.uint64),
+            "entering": self.entering,
+            "s1": self.s1,
+            "xyzcal.px": self.xyz_px,
+            "xyzcal.mm": self.xyz_mm,
+            "flags": np.full(n, Flag.Predicted, np.uint64),
+            "d": self.d,
+        }
+        return ReflectionTable.from_columns(columns, {experiment_id: identifier})
+
+
+def rotation_models(experiment: Experiment) -> tuple[Goniometer, Scan]:
+    """Goniometer and scan; InputError for a still."""
+    if experiment.goniometer is None or experiment.scan is None or experiment.is_still:
+        raise InputError("prediction needs a rotation experiment (goniometer and scan with a width), got a still")
+    return experiment.goniometer, experiment.scan
+
+
+def crystal_model(experiment: Experiment) -> Crystal:
+    """The crystal; InputError when there is none."""
+    if experiment.crystal is None:
+        raise InputError("prediction needs a crystal model in the experiment, got none; index the data first")
+    return experiment.crystal
+
 
 def miller_indices(crystal: Crystal, d_min: float) -> NDArray[np.int32]:
     """All Miller indices [N, 3] to `d_min` (A) over the whole sphere, without systematic absences."""
@@ -51,15 +90,14 @@ def miller_indices(crystal: Crystal, d_min: float) -> NDArray[np.int32]:
     return np.asarray(gemmi.make_miller_array(crystal.cell, crystal.space_group, d_min, 0.0, False), np.int32)
 
 
-def diffraction_angles(q0: Array, beam: Beam, goniometer: Goniometer) -> tuple[Array, Array]:
+def diffraction_angles(q0: Array, beam: Beam, goniometer: Goniometer) -> Array:
     """The two rotation angles at which reciprocal vectors diffract.
 
     Args:
         q0: reciprocal vectors at phi = 0, before the goniometer (A @ hkl), [..., 3], 1/A.
 
     Returns:
-        phi [..., 2] in (-2 pi, 2 pi), rad, nan where the vector never meets the Ewald sphere; and q0 in the frame of the
-        axis, [..., 3].
+        [..., 2] in (-2 pi, 2 pi), rad, nan where the vector never meets the Ewald sphere.
     """
     axis = goniometer.axis / np.linalg.norm(goniometer.axis)
     s0 = np.linalg.solve(goniometer.setting, beam.s0)
@@ -72,7 +110,7 @@ def diffraction_angles(q0: Array, beam: Beam, goniometer: Goniometer) -> tuple[A
     with np.errstate(invalid="ignore", divide="ignore"):
         half = np.arccos(c / np.hypot(a, b))
     middle = np.arctan2(b, a)
-    return np.stack([middle - half, middle + half], axis=-1), q
+    return np.stack([middle - half, middle + half], axis=-1)
 
 
 def predict(experiment: Experiment, d_min: float, *, padding: float = 0.0) -> Predictions:
@@ -89,27 +127,22 @@ def predict(experiment: Experiment, d_min: float, *, padding: float = 0.0) -> Pr
     Raises:
         InputError: a still, or an experiment without crystal, goniometer or scan.
     """
-    if experiment.crystal is None:
-        raise InputError("prediction needs a crystal model in the experiment, got none; index the data first")
-    return predict_hkl(experiment, miller_indices(experiment.crystal, d_min), padding=padding)
+    return predict_hkl(experiment, miller_indices(crystal_model(experiment), d_min), padding=padding)
 
 
 def predict_hkl(experiment: Experiment, hkl: NDArray, *, padding: float = 0.0) -> Predictions:
     """Spots of the given Miller indices [N, 3]; see `predict`."""
-    beam, goniometer, scan, crystal = experiment.beam, experiment.goniometer, experiment.scan, experiment.crystal
-    if goniometer is None or scan is None or experiment.is_still:
-        raise InputError("prediction needs a rotation experiment (goniometer and scan with a width), got a still")
-    if crystal is None:
-        raise InputError("prediction needs a crystal model in the experiment, got none; index the data first")
+    goniometer, scan = rotation_models(experiment)
+    beam, crystal = experiment.beam, crystal_model(experiment)
     hkl = np.asarray(hkl, np.int32)
     varying = crystal.A_at_scan_points is not None
     middle = 0.5 * sum(scan.array_range)
-    phi, _ = diffraction_angles(hkl @ crystal.A_at(np.array(middle), scan).T, beam, goniometer)
+    phi = diffraction_angles(hkl @ crystal.A_at(np.array(middle), scan).T, beam, goniometer)
     rows, phi = _within_scan(phi, scan, padding, _SCAN_VARYING_REACH if varying else 0.0)
     if varying:
         for _ in range(_SCAN_VARYING_ITERATIONS):
             q0 = np.einsum("nij,nj->ni", crystal.A_at(scan.z_from_phi(phi), scan), hkl[rows])
-            solutions, _ = diffraction_angles(q0, beam, goniometer)
+            solutions = diffraction_angles(q0, beam, goniometer)
             away = (solutions - phi[:, None] + np.pi) % (2 * np.pi) - np.pi
             nearest = np.argmin(np.where(np.isnan(away), np.inf, np.abs(away)), axis=1)
             phi = phi + np.take_along_axis(away, nearest[:, None], axis=1)[:, 0]
@@ -157,26 +190,3 @@ def _on_detector(experiment: Experiment, s1: Array) -> tuple[NDArray[np.int64], 
         rows = np.flatnonzero(hit & (panel < 0))
         panel[rows], xy_mm[rows], xy_px[rows] = number, here[rows], model.px_from_mm(here[rows])
     return panel, xy_mm, xy_px
-
-
-def lorentz_polarisation(experiment: Experiment, s1: Array) -> Array:
-    """The factor `lp` that multiplies a recorded intensity to give one proportional to F^2, [N].
-
-    Args:
-        s1: diffracted wave vectors, [N, 3], 1/A.
-
-    Returns:
-        Lorentz |axis . (s1 x s0)| / (|s1| |s0|) over polarisation (1 - 2p) (1 - (n . s1)^2) + p (1 + (s1 . s0)^2) with
-        unit vectors, n the polarisation normal and p the polarisation fraction. A still has Lorentz factor 1.
-
-    Ref: W. Kabsch, Acta Cryst. D66, 133-144 (2010), equation 26; the convention of DIALS' `lp` column.
-    """
-    beam = experiment.beam
-    out = s1 / np.linalg.norm(s1, axis=-1, keepdims=True)
-    incident = beam.s0 / np.linalg.norm(beam.s0)
-    p = beam.polarization_fraction
-    normal = beam.polarization_normal / np.linalg.norm(beam.polarization_normal)
-    polarisation = (1 - 2 * p) * (1 - (out @ normal) ** 2) + p * (1 + (out @ incident) ** 2)
-    if experiment.goniometer is None or experiment.is_still:
-        return 1 / polarisation
-    return np.abs(out @ np.cross(experiment.goniometer.lab_axis, incident)) / polarisation
