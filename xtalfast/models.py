@@ -195,12 +195,12 @@ class Crystal:
     @property
     def cell(self) -> gemmi.UnitCell:
         a, b, c = np.linalg.inv(self.A)
-        length = [np.linalg.norm(v) for v in (a, b, c)]
 
         def angle(u: Array, v: Array) -> float:
             return float(np.degrees(np.arccos(np.clip(u @ v / np.linalg.norm(u) / np.linalg.norm(v), -1, 1))))
 
-        return gemmi.UnitCell(*length, angle(b, c), angle(a, c), angle(a, b))
+        lengths = [float(np.linalg.norm(v)) for v in (a, b, c)]
+        return gemmi.UnitCell(lengths[0], lengths[1], lengths[2], angle(b, c), angle(a, c), angle(a, b))
 
     @property
     def B(self) -> Array:
@@ -212,7 +212,7 @@ class Crystal:
         return self.A @ np.linalg.inv(self.B)
 
     def A_at(self, z: Array, scan: Scan) -> Array:
-        """Setting matrices [N, 3, 3] at image coordinates z [N]: scan-varying by linear interpolation, else constant."""
+        """Setting matrices [N, 3, 3] at z [N] (images): scan-varying by linear interpolation, else constant."""
         z = np.asarray(z, float)
         if self.A_at_scan_points is None:
             return np.broadcast_to(self.A, (*z.shape, 3, 3))
@@ -229,14 +229,14 @@ class Crystal:
 
 @dataclass
 class Experiment:
-    """One crystal, one sweep or still. `profile` is the raw profile block (gaussian_rs: n_sigma, sigma_b, sigma_m in deg)."""
+    """One crystal, one sweep or still."""
 
     beam: Beam
     detector: Detector
     goniometer: Goniometer | None = None
     scan: Scan | None = None
     crystal: Crystal | None = None
-    profile: dict[str, Any] | None = None
+    profile: dict[str, Any] | None = None  # raw block; gaussian_rs: n_sigma, and sigma_b, sigma_m in deg
     imageset: dict[str, Any] | None = None  # raw block; `template` or `images` already resolved to absolute paths
     identifier: str = ""
 

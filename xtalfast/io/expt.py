@@ -203,7 +203,7 @@ def write_expt(path: str | os.PathLike, experiments: Sequence[Experiment]) -> No
 
 
 def _slots(raw: dict[str, Any], kind: str, models: Sequence[Any]) -> Iterable[tuple[Any, Block]]:
-    """Each distinct model with the block it is written to, a new one where it has none or shares it with another model."""
+    """Each distinct model and the block it is written to: a new one where it has none, or shares one with another."""
     section = raw.setdefault(kind, [])
     owner: dict[int, Any] = {}
     index_of: dict[int, int] = {}
