@@ -98,6 +98,8 @@ class CbfHeader:
     mime: dict[str, str]
     offset: int  # of the stream in the (uncompressed) file, bytes
     size: int  # of the stream, bytes
+    padding: int  # zeros after the stream, bytes
+    newline: bytes
     shape: tuple[int, int]  # px, (slow, fast)
 
     @cached_property
@@ -117,7 +119,11 @@ class CbfHeader:
 
 @dataclass(frozen=True)
 class MiniCbfHeader:
-    """The PILATUS_1.2 header of an image from a flat detector normal to the beam, as DIALS and XDS read it."""
+    """The miniCBF header of an image from a flat detector normal to the beam, as DIALS reads it.
+
+    A detector with PILATUS in its name gets the convention PILATUS_1.2, and DIALS will look for its module gaps; any
+    other gets GENERIC_MINI and may have any number of pixels.
+    """
 
     pixel_size: tuple[float, float]  # mm, (fast, slow)
     wavelength: float  # A
@@ -127,15 +133,19 @@ class MiniCbfHeader:
     angle_increment: float = 0.0  # deg
     exposure_time: float = 0.1  # s
     exposure_period: float | None = None  # s; None: the exposure time
-    detector: str = "PILATUS 1M, S/N SIM-0001"
+    detector: str = "simulated, S/N SIM-0001"
     timestamp: str = "2000-01-01T00:00:00.000"
     sensor: str = "Silicon"  # or CdTe; written when the thickness is positive
-    sensor_thickness: float = 0.0  # mm; positive asks DIALS for the parallax correction and a PILATUS module layout
+    sensor_thickness: float = 0.0  # mm; positive makes DIALS correct the parallax
     tau: float = 0.0  # s
     count_cutoff: int = 1048500  # counts
     threshold: float | None = None  # eV; None: half the photon energy
     polarization: float = 0.999
     oscillation_axis: str = "X, CW"
+
+    @property
+    def is_pilatus(self) -> bool:
+        return "PILATUS" in self.detector.upper()
 
     def text(self) -> str:
         """The header_contents block: one `# Name value unit` line each."""
@@ -228,6 +238,8 @@ def _parse_header(path: str | os.PathLike, data: bytes) -> CbfHeader:
         mime=mime,
         offset=start + len(_START),
         size=number("X-Binary-Size"),
+        padding=number("X-Binary-Size-Padding", 0),
+        newline=b"\r\n" if data.startswith(b"\r\n", section + len(_SECTION)) else b"\n",
         shape=(slow, fast),
     )
 
@@ -261,6 +273,13 @@ def _decode(path: str | os.PathLike, data: bytes, verify: bool) -> NDArray[np.in
     boundary = data.find(_BOUNDARY, end)
     if boundary < 0:
         raise CorruptImageError(f"{path}: no closing boundary after the pixels; the file is truncated, fetch it again")
+    between = data[end + header.padding : boundary]
+    if not between.endswith(header.newline) or between.strip(b"\r\n\0"):
+        # Bytes lost inside the stream bring the padding into it, and zeros would decode as pixels.
+        raise CorruptImageError(
+            f"{path}: wanted {header.size + header.padding} bytes of pixels and padding, got "
+            f"{boundary - header.offset - len(header.newline)}; the file is damaged, fetch it again"
+        )
     if data.find(_SECTION, boundary + len(_BOUNDARY)) >= 0:
         raise InputError(f"{path}: wanted one binary section, got several; convert it to one image per file")
     stream = memoryview(data)[header.offset : end]
@@ -302,8 +321,13 @@ def read_cbf(path: str | os.PathLike, *, verify: bool = False, data: bytes | Non
     return _decode(path, read_bytes(path) if data is None else data, verify)
 
 
+def _is_pilatus_size(fast: int, slow: int) -> bool:
+    """Whether DIALS finds a whole number of PILATUS modules in the image (else its import fails)."""
+    return (fast + 7) % (487 + 7) == 0 and (slow + 17) % (195 + 17) == 0
+
+
 def write_cbf(path: str | os.PathLike, image: NDArray[np.integer], header: MiniCbfHeader) -> None:
-    """Write one image as PILATUS miniCBF with its MD5 sum; a name in .gz or .bz2 is compressed.
+    """Write one image as miniCBF with its MD5 sum; a name in .gz or .bz2 is compressed.
 
     Args:
         path: output file.
@@ -311,12 +335,18 @@ def write_cbf(path: str | os.PathLike, image: NDArray[np.integer], header: MiniC
         header: geometry and exposure.
 
     Raises:
-        InputError: the image is not a non-empty 2-D array of integers within int32, or the file cannot be written.
+        InputError: the image is not a non-empty 2-D array of integers within int32, or has not the size of a PILATUS
+            though the header says so, or the file cannot be written.
     """
     path = Path(path)
     image = np.asarray(image)
     if image.ndim != 2 or image.size == 0 or image.dtype.kind not in "iu":
         raise InputError(f"image must be integers [slow, fast], got {image.dtype} {list(image.shape)}")
+    if header.is_pilatus and not _is_pilatus_size(image.shape[1], image.shape[0]):
+        raise InputError(
+            f"image of {header.detector!r} must have the size of PILATUS modules (487 x 195 px, gaps 7 and 17), "
+            f"got {image.shape[1]} x {image.shape[0]}; give another size or another detector name"
+        )
     pixels = image.astype(np.int32)
     if image.dtype != np.int32 and not np.array_equal(pixels, image):
         raise InputError(f"image must fit int32, got values {image.min()} to {image.max()}")
@@ -325,7 +355,7 @@ def write_cbf(path: str | os.PathLike, image: NDArray[np.integer], header: MiniC
     head = (
         "###CBF: VERSION 1.5, xtalfast\r\n"
         f"\r\ndata_{name}\r\n\r\n"
-        '_array_data.header_convention "PILATUS_1.2"\r\n'
+        f'_array_data.header_convention "{"PILATUS_1.2" if header.is_pilatus else "GENERIC_MINI"}"\r\n'
         "_array_data.header_contents\r\n;\r\n"
         f"{header.text()};\r\n\r\n"
         "_array_data.data\r\n;\r\n"
