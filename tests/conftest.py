@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +25,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("dials"):
                 item.add_marker(pytest.mark.skip(reason="DIALS is not installed (make system)"))
+
+
+@pytest.fixture
+def run_dials() -> Callable[..., Any]:
+    """Runs Python code under the interpreter of DIALS, with arguments, and returns the json it prints last."""
+
+    def run(code: str, *arguments: str | Path) -> Any:
+        program = shutil.which("dials.import")
+        assert program is not None, "mark the test with @pytest.mark.dials"
+        interpreter = Path(program).read_text().splitlines()[0].removeprefix("#!").split()[0]
+        done = subprocess.run([interpreter, "-c", code, *map(str, arguments)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
 
 
 def _skips(reporter) -> list[str]:
