@@ -288,7 +288,6 @@ def _header(config: SimulationConfig, experiment: Experiment, image: int) -> Min
         start_angle=config.start_deg + image * config.oscillation_deg,
         angle_increment=config.oscillation_deg,
         exposure_time=rotation_models(experiment)[1].exposure_time,
-        detector="PILATUS 300K, S/N 00-0000, simulated by xtalfast",
         count_cutoff=config.trusted_max,
         polarization=config.polarization_fraction,
     )

@@ -10,7 +10,6 @@ import base64
 import bz2
 import gzip
 import hashlib
-import logging
 import math
 import os
 import re
@@ -37,8 +36,6 @@ __all__ = [
     "read_cbf_header",
     "write_cbf",
 ]
-
-logger = logging.getLogger("xtalfast")
 
 _MAGIC = b"###CBF"
 _SECTION = b"--CIF-BINARY-FORMAT-SECTION--"
@@ -121,8 +118,8 @@ class CbfHeader:
 class MiniCbfHeader:
     """The miniCBF header of an image from a flat detector normal to the beam, as DIALS reads it.
 
-    A detector with PILATUS in its name gets the convention PILATUS_1.2, and DIALS will look for its module gaps; any
-    other gets GENERIC_MINI and may have any number of pixels.
+    With PILATUS in the detector's name the convention is PILATUS_1.2 and DIALS looks for the module gaps; with any
+    other name it is GENERIC_MINI, and the image may have any number of pixels.
     """
 
     pixel_size: tuple[float, float]  # mm, (fast, slow)
@@ -133,7 +130,7 @@ class MiniCbfHeader:
     angle_increment: float = 0.0  # deg
     exposure_time: float = 0.1  # s
     exposure_period: float | None = None  # s; None: the exposure time
-    detector: str = "simulated, S/N SIM-0001"
+    detector: str = ""  # empty: simulated PILATUS if the image has the size of one, else simulated detector
     timestamp: str = "2000-01-01T00:00:00.000"
     sensor: str = "Silicon"  # or CdTe; written when the thickness is positive
     sensor_thickness: float = 0.0  # mm; positive makes DIALS correct the parallax
@@ -143,16 +140,26 @@ class MiniCbfHeader:
     polarization: float = 0.999
     oscillation_axis: str = "X, CW"
 
-    @property
-    def is_pilatus(self) -> bool:
-        return "PILATUS" in self.detector.upper()
+    def text(self, shape: tuple[int, int]) -> str:
+        """Convention and contents of the header of an image [slow, fast]: one `# Name value unit` line each.
 
-    def text(self) -> str:
-        """The header_contents block: one `# Name value unit` line each."""
+        Raises:
+            InputError: the detector is called PILATUS, but the image is not made of its modules.
+        """
+        slow, fast = shape
+        # DIALS fails on a PILATUS that is not a whole number of 487 x 195 modules with gaps of 7 and 17.
+        modular = (fast + 7) % (487 + 7) == 0 and (slow + 17) % (195 + 17) == 0
+        detector = self.detector or ("PILATUS, simulated" if modular else "simulated detector")
+        pilatus = "PILATUS" in detector.upper()
+        if pilatus and not modular:
+            raise InputError(
+                f"image of {detector!r} must have the size of PILATUS modules (487 x 195 px, gaps 7 and 17), "
+                f"got {fast} x {slow}; give another size or another detector name"
+            )
         period = self.exposure_time if self.exposure_period is None else self.exposure_period
         threshold = 12398.4198 / self.wavelength / 2 if self.threshold is None else self.threshold
         lines = [
-            f"Detector: {self.detector}",
+            f"Detector: {detector}",
             self.timestamp,
             f"Pixel_size {self.pixel_size[0] * 1e3:.9g}e-6 m x {self.pixel_size[1] * 1e3:.9g}e-6 m",
             f"Exposure_time {self.exposure_time:.7f} s",
@@ -172,7 +179,11 @@ class MiniCbfHeader:
         ]
         if self.sensor_thickness > 0:
             lines.insert(3, f"{self.sensor} sensor, thickness {self.sensor_thickness / 1e3:.6f} m")
-        return "".join(f"# {line}\r\n" for line in lines)
+        contents = "".join(f"# {line}\r\n" for line in lines)
+        return (
+            f'_array_data.header_convention "{"PILATUS_1.2" if pilatus else "GENERIC_MINI"}"\r\n'
+            f"_array_data.header_contents\r\n;\r\n{contents};\r\n\r\n"
+        )
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
@@ -295,8 +306,8 @@ def _decode(path: str | os.PathLike, data: bytes, verify: bool) -> NDArray[np.in
     if verify:
         match = _md5_matches(header, stream)
         if match is None:
-            logger.warning("%s: no Content-MD5 in the header, so only its sizes were verified", path)
-        elif not match:
+            raise CorruptImageError(f"{path}: no Content-MD5 in the header to verify; read it without verification")
+        if not match:
             raise CorruptImageError(
                 f"{path}: MD5 sum is not {header.mime['Content-MD5']} as in the header; damaged, fetch it again"
             )
@@ -316,14 +327,10 @@ def read_cbf(path: str | os.PathLike, *, verify: bool = False, data: bytes | Non
 
     Raises:
         InputError: the file cannot be read, or is no CBF of one integer byte-offset image.
-        CorruptImageError: header, stream, pixel count and file end do not agree, or the MD5 sum is wrong.
+        CorruptImageError: header, stream, pixel count and file end do not agree, or the MD5 sum is wrong or missing
+            when it is to be verified.
     """
     return _decode(path, read_bytes(path) if data is None else data, verify)
-
-
-def _is_pilatus_size(fast: int, slow: int) -> bool:
-    """Whether DIALS finds a whole number of PILATUS modules in the image (else its import fails)."""
-    return (fast + 7) % (487 + 7) == 0 and (slow + 17) % (195 + 17) == 0
 
 
 def write_cbf(path: str | os.PathLike, image: NDArray[np.integer], header: MiniCbfHeader) -> None:
@@ -342,11 +349,6 @@ def write_cbf(path: str | os.PathLike, image: NDArray[np.integer], header: MiniC
     image = np.asarray(image)
     if image.ndim != 2 or image.size == 0 or image.dtype.kind not in "iu":
         raise InputError(f"image must be integers [slow, fast], got {image.dtype} {list(image.shape)}")
-    if header.is_pilatus and not _is_pilatus_size(image.shape[1], image.shape[0]):
-        raise InputError(
-            f"image of {header.detector!r} must have the size of PILATUS modules (487 x 195 px, gaps 7 and 17), "
-            f"got {image.shape[1]} x {image.shape[0]}; give another size or another detector name"
-        )
     pixels = image.astype(np.int32)
     if image.dtype != np.int32 and not np.array_equal(pixels, image):
         raise InputError(f"image must fit int32, got values {image.min()} to {image.max()}")
@@ -355,9 +357,7 @@ def write_cbf(path: str | os.PathLike, image: NDArray[np.integer], header: MiniC
     head = (
         "###CBF: VERSION 1.5, xtalfast\r\n"
         f"\r\ndata_{name}\r\n\r\n"
-        f'_array_data.header_convention "{"PILATUS_1.2" if header.is_pilatus else "GENERIC_MINI"}"\r\n'
-        "_array_data.header_contents\r\n;\r\n"
-        f"{header.text()};\r\n\r\n"
+        f"{header.text(image.shape)}"
         "_array_data.data\r\n;\r\n"
         f"{_SECTION.decode()}\r\n"
         "Content-Type: application/octet-stream;\r\n"
