@@ -1,0 +1,272 @@
+"""The report of an integration as one HTML file that needs nothing else: no network, no script, no second file.
+
+Whatever `ReportData` does not hold is left out of the page, which says so at its end.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xtalfast.errors import InputError, MissingExtraError
+from xtalfast.io.files import write_text
+from xtalfast.metrics import MergingStatistics
+from xtalfast.metrics.merging import SHELL_COLUMNS, format_value
+from xtalfast.report.data import Comparison, ProfileGrid, ReportData, ShoeboxExample
+from xtalfast.report.images import DIVERGING, SEQUENTIAL, colored, data_uri, tile
+from xtalfast.report.svg import Axis, Figure, Series, density_plot, histogram, line_chart
+
+# Expected I/sigma bins in which pulls are judged.
+_PULL_BINS = (-math.inf, 0.5, 1, 2, 5, 10, 20, 50, math.inf)
+
+
+@dataclass(frozen=True)
+class _Section:
+    """A part of the page. `missing` says what would have to be given for it to appear."""
+
+    key: str
+    title: str
+    missing: str
+    content: Any = None
+
+
+def write_report(path: str | os.PathLike, data: ReportData) -> None:
+    """Write the report as one HTML file.
+
+    Raises:
+        MissingExtraError: jinja2 is not installed.
+        InputError: arrays of a section do not fit together, or the file cannot be written.
+    """
+    write_text(path, render_report(data))
+
+
+def render_report(data: ReportData) -> str:
+    """The report as HTML text."""
+    try:
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+    except ImportError as error:
+        raise MissingExtraError("jinja2", "report", "Writing an HTML report") from error
+    environment = Environment(
+        loader=PackageLoader("xtalfast.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters["plain"] = _plain
+    sections = _sections(data)
+    return environment.get_template("integration.html").render(
+        data=data,
+        created=data.created or datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        parameters=sorted(data.parameters.items(), key=lambda item: (item[0] not in data.changed, item[0])),
+        sections={section.key: section.content for section in sections if section.content},
+        shown=[section for section in sections if section.content],
+        missing=[section for section in sections if not section.content],
+    )
+
+
+def _sections(data: ReportData) -> list[_Section]:
+    pulls, pull_tables = _pulls(data)
+    return [
+        _Section("statistics", "Merging statistics", "no merging statistics", _statistics(data.statistics)),
+        _Section("comparisons", "Intensities compared", "no reference intensities", _comparisons(data.comparisons)),
+        _Section("pulls", "Are the sigmas right?", "neither truth nor thinned halves", pulls and (pulls, pull_tables)),
+        _Section("signal", "Signal to noise", "no intensities", _signal(data.intensities)),
+        _Section("profiles", "Profiles over the detector", "no profiles", _profiles(data.profiles)),
+        _Section("shoeboxes", "Shoeboxes", "no example shoeboxes", _shoeboxes(data.shoeboxes)),
+        _Section("training", "Training", "no training history (nothing was trained)", _training(data.history)),
+        _Section("outliers", "Outliers", "no outliers listed", _outliers(data.outliers)),
+        _Section("flags", "Warnings and flags", "no warnings or flag counts", bool(data.warnings or data.flags)),
+    ]
+
+
+def _statistics(sets: Sequence[MergingStatistics]) -> dict[str, Any] | None:
+    if not sets:
+        return None
+    d_all = np.array([[s.d_max, s.d_min] for one in sets for s in one.shells])
+    edges = np.linspace(d_all.max() ** -2, d_all.min() ** -2, 6)
+    x = Axis("resolution (Å)", ticks=[(s2, f"{s2**-0.5:.2f}") for s2 in edges])
+    charts = [
+        ("cc_half", Axis("CC½ of random half sets", limits=(None, 1.02)), "CC½"),
+        ("mean_I_over_sigma", Axis("⟨I/σ(I)⟩, merged", log=True), "Signal to noise of merged intensities"),
+        ("r_meas", Axis("R meas", limits=(0.0, None)), "R meas"),
+        ("r_pim", Axis("R pim", limits=(0.0, None)), "R pim"),
+        ("cc_anom", Axis("CC of anomalous differences"), "CC anomalous"),
+        ("completeness", Axis("completeness", limits=(0.0, 1.02)), "Completeness"),
+    ]
+    figures = []
+    for name, y, caption in charts:
+        series = []
+        for one in sets:
+            middle = [(s.d_max**-2 + s.d_min**-2) / 2 for s in one.shells]
+            series.append(Series(middle, [getattr(s, name) for s in one.shells], one.label, markers=True))
+        if any(np.isfinite(np.asarray(s.y, float)).any() for s in series):
+            figures.append(line_chart(series, x, y, caption))
+    heads = [title for title, _, _ in SHELL_COLUMNS]
+    tables = []
+    for one in sets:
+        rows = [[format_value(shell, name, spec) for _, name, spec in SHELL_COLUMNS] for shell in one.shells]
+        total = [format_value(one.overall, name, spec) for _, name, spec in SHELL_COLUMNS]
+        left_out = {k: v for k, v in {**one.rejected, "systematically absent": one.n_absent}.items() if v}
+        tables.append({"set": one, "rows": rows, "total": total, "left_out": left_out})
+    return {"figures": figures, "heads": heads, "tables": tables}
+
+
+def _comparisons(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
+    out = []
+    for one in comparisons:
+        x, y, sigma = (np.asarray(v, float) for v in (one.reference, one.value, one.sigma))
+        if not x.shape == y.shape == sigma.shape or x.ndim != 1:
+            shapes = ", ".join(str(list(v.shape)) for v in (x, y, sigma))
+            raise InputError(f"comparison with {one.name}: reference, value and sigma must be [N], got {shapes}")
+        both = np.isfinite(x) & np.isfinite(y)
+        positive = both & (x > 0) & (y > 0)
+        strong = positive & (x > 10 * sigma)
+        rows = [("reflections", f"{np.count_nonzero(both):,}")]
+        if np.count_nonzero(both) > 2:
+            rows.append(("correlation", f"{np.corrcoef(x[both], y[both])[0, 1]:.4f}"))
+            rows.append(("R = Σ|I − I_ref| / Σ I_ref", f"{np.abs(y - x)[both].sum() / np.abs(x[both]).sum():.4f}"))
+        if np.count_nonzero(strong) > 2:
+            log_x, log_y = np.log(x[strong]), np.log(y[strong])
+            slope = np.polyfit(log_x, log_y, 1)[0]
+            rows.append(("reflections with I_ref > 10 σ", f"{np.count_nonzero(strong):,}"))
+            rows.append(("slope of log I on log I_ref, strong", f"{slope:.4f}"))
+            rows.append(("correlation of log I, strong", f"{np.corrcoef(log_x, log_y)[0, 1]:.4f}"))
+        hidden = np.count_nonzero(both & ~positive)
+        caption = f"Ours against {one.name}; dashed: equal."
+        if hidden:
+            caption += f" {hidden:,} reflections with a value at or below zero have no place on log axes."
+        figure = density_plot(
+            x[positive], y[positive], Axis(f"{one.name} (counts)", log=True), Axis("ours (counts)", log=True), caption
+        )
+        out.append({"name": one.name, "figure": figure, "rows": rows})
+    return out
+
+
+def _pulls(data: ReportData) -> tuple[list[Figure], list[dict[str, Any]]]:
+    samples = {name: np.asarray(z, float) for name, z in data.pulls.items()}
+    tables = []
+    for one in data.comparisons:
+        if not one.is_truth:
+            continue
+        with np.errstate(divide="ignore", invalid="ignore"):
+            pull = (one.value - one.reference) / one.sigma
+            expected = one.reference / one.sigma
+        samples[f"against {one.name}"] = pull
+        rows = []
+        for low, high in itertools.pairwise(_PULL_BINS):
+            z = pull[(expected >= low) & (expected < high) & np.isfinite(pull)]
+            if len(z) > 1:
+                label = f"below {high:g}" if low == -math.inf else f"{low:g} – {high:g}"
+                label = f"above {low:g}" if high == math.inf else label
+                robust = 1.4826 * np.median(np.abs(z - np.median(z)))
+                rows.append([label, f"{len(z):,}", f"{z.mean():+.2f}", f"{z.std():.2f}", f"{robust:.2f}"])
+        tables.append({"name": one.name, "rows": rows})
+    if not samples:
+        return [], []
+    caption = (
+        "Errors in units of the stated sigma. Right sigmas follow the dashed curve; narrower means sigmas too large."
+    )
+    return [
+        histogram(samples, Axis("pull, (I − reference) / σ", limits=(-5.0, 5.0)), normal=True, caption=caption)
+    ], tables
+
+
+def _signal(intensities: Mapping[str, tuple[NDArray, NDArray]]) -> list[Figure]:
+    if not intensities:
+        return []
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = {name: np.asarray(i, float) / np.asarray(s, float) for name, (i, s) in intensities.items()}
+    value = {name: np.asarray(i, float) for name, (i, _) in intensities.items()}
+    strong = {name: np.where(v > 0, v, np.nan) for name, v in value.items()}
+    positive = any(np.isfinite(v).any() for v in strong.values())
+    figures = [histogram(ratio, Axis("I / σ(I)", limits=(-4.0, 16.0)), caption="I/σ(I) of single observations.")]
+    if positive:
+        caption = "Intensities above zero, logarithmic."
+        figures.append(histogram(strong, Axis("I (counts)", log=True), caption=caption))
+    return figures
+
+
+def _profiles(grid: ProfileGrid | None) -> dict[str, Any] | None:
+    if grid is None:
+        return None
+    profiles = np.asarray(grid.profiles, float)
+    if profiles.ndim != 4 or np.shape(grid.n) != profiles.shape[:2]:
+        raise InputError(
+            f"profiles must be [R, C, y, x] with n [R, C], got {list(profiles.shape)} and {list(np.shape(grid.n))}"
+        )
+    peak = float(np.nanmax(profiles)) if np.isfinite(profiles).any() else 1.0
+    cells = [
+        [{"uri": data_uri(colored(profiles[r, c], 0, peak)), "n": int(grid.n[r, c])} for c in range(profiles.shape[1])]
+        for r in range(profiles.shape[0])
+    ]
+    return {"cells": cells, "peak": peak, "size": profiles.shape[2:]}
+
+
+def _shoeboxes(examples: Sequence[ShoeboxExample]) -> dict[str, list[dict[str, Any]]]:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for one in examples:
+        counts, model, mask = np.asarray(one.counts, float), np.asarray(one.model, float), np.asarray(one.mask, bool)
+        if counts.ndim != 3 or not counts.shape == model.shape == mask.shape:
+            shapes = ", ".join(str(list(a.shape)) for a in (counts, model, mask))
+            raise InputError(f"shoebox {one.hkl}: counts, model and mask must be one [z, y, x], got {shapes}")
+        top = max(float(counts[mask].max(initial=1)), float(model[mask].max(initial=0)))
+        # Poisson noise has the same size everywhere on a square-root scale; so has the colour.
+        data_rgb, model_rgb = (
+            np.stack([colored(np.sqrt(np.maximum(z, 0)), 0, math.sqrt(top), SEQUENTIAL, m) for z, m in zip(a, mask)])
+            for a in (counts, model)
+        )
+        residual = (counts - model) / np.sqrt(np.maximum(model, 0.1))
+        residual_rgb = np.stack([colored(z, -4, 4, DIVERGING, m) for z, m in zip(residual, mask)])
+        pictures = [
+            ("data", data_uri(tile(data_rgb))),
+            ("model", data_uri(tile(model_rgb))),
+            ("residual", data_uri(tile(residual_rgb))),
+        ]
+        n_pixels = max(int(mask.sum()), 1)
+        chi2 = float((residual[mask] ** 2).sum() / n_pixels)
+        groups.setdefault(one.group, []).append({"box": one, "pictures": pictures, "top": top, "chi2": chi2})
+    return groups
+
+
+def _training(history: Mapping[str, Sequence[float]]) -> list[Figure]:
+    at = next((name for name in ("epoch", "step") if name in history), None)
+    curves = {name: values for name, values in history.items() if name not in ("epoch", "step")}
+    curves = {name: values for name, values in curves.items() if np.isfinite(np.asarray(values, float)).any()}
+    figures = []
+    for kind in ("loss", ""):  # losses share one chart, everything else has its own
+        group = {n: v for n, v in curves.items() if ("loss" in n) == bool(kind)}
+        for names in [list(group)] if kind and group else [[n] for n in group]:
+            series = []
+            for name in names:
+                x = history[at] if at else range(1, len(curves[name]) + 1)
+                if len(x) != len(curves[name]):
+                    raise InputError(f"history {name!r} must be as long as {at!r} ({len(x)}), got {len(curves[name])}")
+                keep = np.isfinite(np.asarray(curves[name], float))  # validation is logged less often
+                series.append(Series(np.asarray(x, float)[keep], np.asarray(curves[name], float)[keep], name))
+            label = "loss per reflection (nats)" if kind else names[0]
+            figures.append(line_chart(series, Axis(at or "epoch"), Axis(label)))
+    return figures
+
+
+def _outliers(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    if not rows:
+        return None
+    heads = list(rows[0])
+    return {"heads": heads, "rows": [[row.get(head) for head in heads] for row in rows]}
+
+
+def _plain(value: Any) -> str:
+    """A value in a table: few digits, a dash for nothing."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "–"
+    if isinstance(value, float | np.floating):
+        return f"{float(value):.5g}"
+    if isinstance(value, tuple | list | np.ndarray):
+        return " ".join(_plain(v) for v in value)
+    return str(value)
