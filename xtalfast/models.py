@@ -176,6 +176,12 @@ class Crystal:
     hall_symbol: str = " P 1"
     A_at_scan_points: Array | None = None  # [n_images + 1, 3, 3]
 
+    @classmethod
+    def from_cell(cls, cell: gemmi.UnitCell, U: Array | None = None, hall_symbol: str = " P 1") -> Crystal:
+        """The crystal with this cell, turned by U [3, 3]; without U, a lies along x and b in the x-y plane."""
+        B = np.array(cell.frac.mat.tolist()).T
+        return cls(B if U is None else U @ B, hall_symbol)
+
     @property
     def operations(self) -> gemmi.GroupOps:
         """Symmetry operations, of any setting. Raises InputError for a Hall symbol that cannot be parsed."""
