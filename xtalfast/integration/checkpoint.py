@@ -1,0 +1,79 @@
+"""Checkpoints of a training: plain tensors and numbers, written whole or not at all, read without running code."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xtalfast.errors import InputError
+from xtalfast.integration.config import IntegrationConfig
+from xtalfast.integration.model import IntegrationModel
+from xtalfast.io.files import replacing
+
+FORMAT = 1
+
+
+@dataclass
+class Run:
+    """What changes during training beside weights and optimiser; the checkpoint holds it."""
+
+    step: int = 0
+    seconds: float = 0.0
+    best: float = math.inf
+    stale: int = 0  # validations since the best
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def load_checkpoint(path: str | os.PathLike, device: str = "cpu") -> IntegrationModel:
+    """The trained network of a checkpoint, with the statistics of its data, ready to evaluate.
+
+    Raises:
+        InputError: no file, or not a checkpoint of this program.
+    """
+    saved = _read_checkpoint(Path(path))
+    model = IntegrationModel(IntegrationConfig.from_dict(saved["config"]))
+    model.load_state_dict(saved["model"])
+    return model.to(device).eval()
+
+
+def save_checkpoint(
+    path: Path, identity: dict[str, Any], network: IntegrationModel, optimizer: torch.optim.Optimizer, run: Run
+) -> None:
+    """Write all that `resume_run` needs; `identity` says which run it is."""
+    state = identity | {"model": network.state_dict(), "optimizer": optimizer.state_dict(), "run": vars(run)}
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise InputError(f"no checkpoint {path}; `xtalfast train integration` writes best.ckpt")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, ValueError, ImportError, AttributeError) as error:
+        raise InputError(f"{path}: not a checkpoint: {str(error).splitlines()[0]}") from error
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+        raise InputError(f"{path}: not an xtalfast checkpoint of format {FORMAT}")
+    return saved
+
+
+def resume_run(
+    path: Path, identity: dict[str, Any], network: IntegrationModel, optimizer: torch.optim.Optimizer
+) -> Run:
+    """Put network and optimiser into the state of a checkpoint.
+
+    Raises:
+        InputError: the checkpoint is of a run with another configuration, seed, length or data.
+    """
+    saved = _read_checkpoint(path)
+    for name, wanted in identity.items():
+        if saved[name] != wanted:
+            raise InputError(f"{path} is of a run with another {name}; choose another directory or resume=False")
+    network.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    return Run(**saved["run"])

@@ -1,0 +1,269 @@
+"""Shoeboxes from memory-mapped stores to batches: seeded order, shares of several processes, read ahead in a thread."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from xtalfast.errors import InputError
+
+VALID, OVERLAPPED = 1, 32  # DIALS mask bits
+_BLOCK = 1024  # rows read from one place of a store
+_POOL = 16  # blocks shuffled together: 40 MB of counts of the paper's box, so a cold disk is read nearly in order
+
+
+class ShoeboxSource(Protocol):
+    """What is needed of a `ShoeboxStore`: equal boxes of n_pixels voxels, gathered by row number."""
+
+    n: int
+    box: tuple[int, int, int]
+    metadata: Any
+
+    def counts(self, rows: NDArray[np.int64]) -> NDArray: ...
+
+    def mask(self, rows: NDArray[np.int64]) -> NDArray: ...
+
+
+class ProfileSource(Protocol):
+    """Anything that knows the spot shape of the reflections of one store, e.g. `gaussian_rs.ReferenceProfiles`."""
+
+    def profiles(self, rows: NDArray[np.int64]) -> Tensor: ...
+
+
+@dataclass
+class ShoeboxBatch:
+    """Equal shoeboxes and where they lie.
+
+    Args:
+        counts: photons [B, P], uint8, uint16, int32 or float; voxels in z, y, x order.
+        mask: voxels to use [B, P] bool, or DIALS mask bits uint8 (used: Valid and not Overlapped).
+        xyzcal_px: predicted centroid [B, 3] float32, px, px, images.
+        bbox: x0, x1, y0, y1, z0, z1, end excluded [B, 6] int32.
+        box: z, y, x size.
+        profile: given spot shape [B, P] float32, for the profile model "dials".
+    """
+
+    counts: Tensor
+    mask: Tensor
+    xyzcal_px: Tensor
+    bbox: Tensor
+    box: tuple[int, int, int]
+    profile: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    @property
+    def used(self) -> Tensor:
+        """Voxels that enter likelihood and features [B, P] bool."""
+        if self.mask.dtype == torch.bool:
+            return self.mask
+        return (self.mask & (VALID | OVERLAPPED)) == VALID
+
+    @property
+    def offset(self) -> Tensor:
+        """Predicted centroid from the centre of the box [B, 3], z, y, x (images, px, px)."""
+        centre = 0.5 * (self.bbox[:, 0::2] + self.bbox[:, 1::2])
+        return (self.xyzcal_px - centre).flip(1)
+
+    def to(self, device: torch.device | str) -> ShoeboxBatch:
+        """The same batch on `device`."""
+        profile = None if self.profile is None else self.profile.to(device)
+        counts, mask, xyzcal_px, bbox = (t.to(device) for t in (self.counts, self.mask, self.xyzcal_px, self.bbox))
+        return ShoeboxBatch(counts, mask, xyzcal_px, bbox, self.box, profile)
+
+
+def read_batch(store: ShoeboxSource, rows: NDArray[np.int64], profiles: ProfileSource | None = None) -> ShoeboxBatch:
+    """Those rows of a store as one batch."""
+    return ShoeboxBatch(
+        counts=torch.from_numpy(store.counts(rows)),
+        mask=torch.from_numpy(store.mask(rows)),
+        xyzcal_px=torch.from_numpy(np.asarray(store.metadata["xyzcal_px"][rows], np.float32)),
+        bbox=torch.from_numpy(np.asarray(store.metadata["bbox"][rows], np.int32)),
+        box=_box(store.box),
+        profile=None if profiles is None else profiles.profiles(rows).float(),
+    )
+
+
+def join_batches(batches: Sequence[ShoeboxBatch]) -> ShoeboxBatch:
+    """Batches of the same box one after the other; counts of different types become int32."""
+    if len(batches) == 1:
+        return batches[0]
+    counts = [b.counts for b in batches]
+    if len({c.dtype for c in counts}) > 1:
+        counts = [c.to(torch.int32) for c in counts]
+    profiles = [b.profile for b in batches if b.profile is not None]
+    return ShoeboxBatch(
+        counts=torch.cat(counts),
+        mask=torch.cat([b.mask for b in batches]),
+        xyzcal_px=torch.cat([b.xyzcal_px for b in batches]),
+        bbox=torch.cat([b.bbox for b in batches]),
+        box=batches[0].box,
+        profile=torch.cat(profiles) if profiles else None,
+    )
+
+
+def common_box(stores: Sequence[ShoeboxSource]) -> tuple[int, int, int]:
+    """The box of all stores.
+
+    Raises:
+        InputError: no store, no reflection, boxes of different sizes within or between the stores.
+    """
+    if not stores or not sum(store.n for store in stores):
+        raise InputError("training needs a shoebox store with at least one reflection, got none")
+    boxes = {None if store.box is None else _box(store.box) for store in stores}
+    box = boxes.pop()
+    if box is None or boxes:
+        raise InputError(f"stores must have one fixed box, got {[box, *boxes]}; extract with the same --box z,y,x")
+    return box
+
+
+def _box(sizes: Sequence[int]) -> tuple[int, int, int]:
+    z, y, x = sizes
+    return int(z), int(y), int(x)
+
+
+def held_out(stores: Sequence[ShoeboxSource], fraction: float, seed: int) -> NDArray[np.bool_]:
+    """Which reflections are kept from training, by a hash of seed, store number and row of the .refl: [all rows] bool.
+
+    The choice does not depend on the order, on other reflections or on the number of processes.
+    """
+    with np.errstate(over="ignore"):
+        parts = []
+        for number, store in enumerate(stores):
+            row = np.asarray(store.metadata["row"]).astype(np.uint64)
+            parts.append(_splitmix64(row + _splitmix64(np.uint64(number) + _splitmix64(np.uint64(seed)))))
+    return np.concatenate(parts) < np.uint64(min(int(fraction * 2**64), 2**64 - 1))
+
+
+def _splitmix64(x: Any) -> Any:
+    """The 64-bit mixer of Steele, Lea & Flood (2014): neighbouring numbers become unrelated ones."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class ShoeboxLoader:
+    """Batches of one or several stores in an order that follows from (seed, step) alone.
+
+    Rows are shuffled within pools of nearby blocks and the pools among each other, so that a store larger than memory
+    is read nearly in order. A step's rows are split evenly over the processes: together they see one batch.
+
+    Args:
+        stores: opened stores of one box; rows are numbered through all of them.
+        rows: the rows to draw from, int64 [n].
+        batch: reflections a step, over all processes.
+        seed: of the order.
+        rank: this process.
+        world: number of processes.
+        profiles: spot shapes, one source a store.
+        ahead: batches read ahead of the one in use.
+    """
+
+    def __init__(
+        self,
+        stores: Sequence[ShoeboxSource],
+        rows: NDArray[np.int64],
+        batch: int,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        profiles: Sequence[ProfileSource] | None = None,
+        ahead: int = 4,
+    ) -> None:
+        self.stores = stores
+        self.rows = np.sort(np.asarray(rows, np.int64))
+        self.batch = min(batch, len(self.rows))
+        self.seed, self.rank, self.world, self.ahead = seed, rank, world, ahead
+        self.profiles = profiles
+        self._first = np.concatenate([[0], np.cumsum([store.n for store in stores])])
+        self._order: tuple[int, NDArray[np.int64]] | None = None
+        if self.batch < world:
+            raise InputError(f"{len(self.rows)} reflections and batch {batch} are too few for {world} processes")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in one pass; the rest, different in each epoch, waits for another epoch."""
+        return len(self.rows) // self.batch
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """The rows in the order of that epoch."""
+        if self._order is None or self._order[0] != epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            blocks = np.split(self.rows, np.flatnonzero(np.diff(self.rows // _BLOCK)) + 1)
+            blocks = [blocks[i] for i in rng.permutation(len(blocks))]
+            pools = [np.concatenate(blocks[i : i + _POOL]) for i in range(0, len(blocks), _POOL)]
+            self._order = epoch, np.concatenate([rng.permutation(pool) for pool in pools])
+        return self._order[1]
+
+    def step_rows(self, step: int) -> NDArray[np.int64]:
+        """The rows of this process at an optimiser step, ascending."""
+        epoch, i = divmod(step, self.steps_per_epoch)
+        rows = np.sort(self.order(epoch)[i * self.batch : (i + 1) * self.batch])
+        return np.array_split(rows, self.world)[self.rank]
+
+    def read(self, rows: NDArray[np.int64]) -> ShoeboxBatch:
+        """Ascending rows, numbered through all stores, as one batch."""
+        parts = []
+        for s in np.unique(np.searchsorted(self._first, rows, side="right") - 1):
+            begin, end = np.searchsorted(rows, self._first[s : s + 2])
+            source = None if self.profiles is None else self.profiles[s]
+            parts.append(read_batch(self.stores[s], rows[begin:end] - self._first[s], source))
+        return join_batches(parts)
+
+    def steps(self, first: int, last: int) -> Iterator[ShoeboxBatch]:
+        """The batches of steps first ... last - 1."""
+        return self._ahead(self.step_rows(step) for step in range(first, last))
+
+    def chunks(self, rows: NDArray[np.int64]) -> Iterator[ShoeboxBatch]:
+        """Given ascending rows in order, `batch` at a time."""
+        return self._ahead(rows[i : i + self.batch] for i in range(0, len(rows), self.batch))
+
+    def _ahead(self, parts: Iterator[NDArray[np.int64]]) -> Iterator[ShoeboxBatch]:
+        with ThreadPoolExecutor(1, thread_name_prefix="shoeboxes") as reader:
+            waiting = deque(reader.submit(self.read, rows) for rows in islice(parts, self.ahead))
+            while waiting:
+                ready = waiting.popleft()
+                waiting.extend(reader.submit(self.read, rows) for rows in islice(parts, 1))
+                yield ready.result()
+
+
+class CachedProfiles:
+    """A profile source computed once into a float16 file: reference profiles cost more to map than to read.
+
+    Args:
+        source: the source to cache.
+        store: the store it belongs to.
+        path: of the .npy file; a finished one is used as it is.
+    """
+
+    def __init__(self, source: ProfileSource, store: ShoeboxSource, path: Path) -> None:
+        from xtalfast.io.files import replacing
+
+        shape = (store.n, int(np.prod(store.box)))
+        if not path.is_file():
+            with replacing(path) as temporary:
+                out = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
+                for start in range(0, store.n, _BLOCK):
+                    rows = np.arange(start, min(start + _BLOCK, store.n))
+                    out[rows] = source.profiles(rows).numpy()
+                out.flush()
+        self._values = np.load(path, mmap_mode="r")
+        if self._values.shape != shape:
+            raise InputError(f"{path}: profiles of {self._values.shape} for a store of {shape}; remove the file")
+
+    def profiles(self, rows: NDArray[np.int64]) -> Tensor:
+        """Spot shapes of those rows [B, P] float32."""
+        return torch.from_numpy(self._values[rows].astype(np.float32))

@@ -1,0 +1,194 @@
+"""The integration network: shoebox -> q(I), q(Bg) and spot shape, and its loss.
+
+    counts ~ Poisson(I p + Bg),  q(I), q(Bg) Gamma,
+    loss = -E_q log p(counts) + kappa_1 KL(q(I) || p(I)) + kappa_2 KL(q(Bg) || p(Bg))
+
+Nothing here knows a file format: everything is an `nn.Module` on tensors, importable from `xtalfast.nn`.
+
+Ref: integration paper, sections 3 and 4, equations 1 and 4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from xtalfast.integration.config import IntegrationConfig, LossConfig
+from xtalfast.integration.data import ProfileSource, ShoeboxBatch, ShoeboxSource, read_batch
+from xtalfast.integration.encoders import make_encoder
+from xtalfast.integration.profiles import GammaHead, make_profile_head, moments_start
+from xtalfast.integration.statistics import DataStatistics
+from xtalfast.ops import poisson_gamma_elbo
+from xtalfast.ops.profiles import Profile, materialise
+
+__all__ = [
+    "IntegrationConfig",
+    "IntegrationModel",
+    "NetworkProfiles",
+    "PoissonGammaELBO",
+    "Posterior",
+    "ShoeboxBatch",
+]
+
+Gamma = tuple[Tensor, Tensor]  # shape, rate, each [B]
+
+
+@dataclass
+class Posterior:
+    """Variational posterior of a batch: Gammas of intensity and background, and the spot shape."""
+
+    q_i: Gamma
+    q_bg: Gamma
+    profile: Profile
+
+
+class PoissonGammaELBO(nn.Module):
+    """Negative evidence lower bound of shoeboxes (equation 4), one number a reflection.
+
+    Args:
+        config: priors, kappas and the estimator; a prior rate of None is 1 until `set_statistics`.
+    """
+
+    prior_i: Tensor
+    prior_bg: Tensor
+
+    def __init__(self, config: LossConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or LossConfig()
+        self.register_buffer("prior_i", torch.tensor([config.prior_i_shape, config.prior_i_rate or 1.0]))
+        self.register_buffer("prior_bg", torch.tensor([config.prior_bg_shape, config.prior_bg_rate or 1.0]))
+
+    def set_statistics(self, statistics: DataStatistics) -> None:
+        """Scale the priors whose rate is not given to the mean intensity and background of the data."""
+        if self.config.prior_i_rate is None:
+            self.prior_i[1] = self.config.prior_i_shape / statistics.intensity
+        if self.config.prior_bg_rate is None:
+            self.prior_bg[1] = self.config.prior_bg_shape / statistics.background
+
+    def forward(self, counts: Tensor, mask: Tensor, posterior: Posterior, seed: int | None = None) -> Tensor:
+        """Loss [B]; `seed` of the Monte-Carlo estimator."""
+        config = self.config
+        return poisson_gamma_elbo(
+            counts, mask, posterior.profile, posterior.q_i, posterior.q_bg,
+            (self.prior_i[0], self.prior_i[1]), (self.prior_bg[0], self.prior_bg[1]),
+            kappa_i=config.kappa_i, kappa_bg=config.kappa_bg, estimator=config.estimator,
+            nodes=config.nodes, samples=config.samples, seed=seed,
+        )  # fmt: skip
+
+
+class IntegrationModel(nn.Module):
+    """Encoder, parameter heads and loss of one combination, e.g. "cnn/softmax".
+
+    Args:
+        config: what to build; the box must be that of the shoeboxes.
+    """
+
+    mean_profile: Tensor
+    log_scale: Tensor
+
+    def __init__(self, config: IntegrationConfig) -> None:
+        super().__init__()
+        self.config = config
+        latent = config.encoder.latent
+        self.encoder = make_encoder(config.encoder, config.box)
+        self.profile = make_profile_head(config.profile, latent, config.box)
+        self.intensity, self.background = GammaHead(latent + 2), GammaHead(latent + 2)
+        self.loss = PoissonGammaELBO(config.loss)
+        n_pixels = config.box[0] * config.box[1] * config.box[2]
+        self.register_buffer("mean_profile", torch.full((n_pixels,), 1.0 / n_pixels))
+        self.register_buffer("log_scale", torch.zeros(2))  # log mean intensity and background of the data
+
+    @property
+    def n_parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(p.numel() for p in self.parameters())
+
+    def set_statistics(self, statistics: DataStatistics) -> None:
+        """Start from the data: input scales, mean spot, intensity and background scale. Saved with the weights."""
+        self.encoder.features.set_statistics(statistics)
+        self.profile.set_statistics(statistics)
+        self.loss.set_statistics(statistics)
+        self.mean_profile.copy_(statistics.profile)
+        self.log_scale.copy_(torch.tensor([statistics.intensity, statistics.background]).log())
+
+    def forward(self, batch: ShoeboxBatch) -> Posterior:
+        """q(I), q(Bg) and spot shape of each shoebox.
+
+        The heads see, beside the latent vector, how much intensity and background a linear fit finds: normalisation
+        takes the amplitude out of the encoder.
+        """
+        latent = self.encoder(batch)
+        reference = self.mean_profile if batch.profile is None else batch.profile
+        log_i, log_cv_i, log_bg, log_cv_bg = moments_start(batch, reference)
+        amplitude = torch.stack([log_i, log_bg], 1) - self.log_scale
+        features = torch.cat([latent, amplitude], 1)
+        if self.config.posterior.start == "constant":
+            log_i, log_bg = self.log_scale.expand(len(batch), 2).unbind(1)
+            log_cv_i = log_cv_bg = torch.zeros_like(log_i)
+        return Posterior(
+            q_i=self.intensity(features, log_i, log_cv_i),
+            q_bg=self.background(features, log_bg, log_cv_bg),
+            profile=self.profile(latent, batch),
+        )
+
+    def losses(self, batch: ShoeboxBatch, seed: int | None = None) -> Tensor:
+        """Loss of each shoebox [B], in nats."""
+        return self.loss(batch.counts, batch.mask, self(batch), seed)
+
+
+class NetworkProfiles:
+    """A trained network as a source of spot shapes, and of its own q(I), q(Bg), for the rows of a store.
+
+    Args:
+        model: trained; used in evaluation mode.
+        store: whose rows are asked for.
+        reference_profiles: the store's given spot shapes, for the profile model "dials".
+        batch: reflections evaluated at once.
+    """
+
+    def __init__(
+        self,
+        model: IntegrationModel,
+        store: ShoeboxSource,
+        *,
+        reference_profiles: ProfileSource | None = None,
+        batch: int = 1024,
+    ) -> None:
+        self.model = model.eval()
+        self.store = store
+        self.reference_profiles = reference_profiles
+        self.batch = batch
+
+    @torch.no_grad()
+    def posteriors(self, rows: NDArray[np.int64]) -> list[Posterior]:
+        """Posteriors of those rows, `batch` at a time, on the CPU."""
+        device = self.model.mean_profile.device
+        found = []
+        for start in range(0, len(rows), self.batch):
+            shoeboxes = read_batch(self.store, rows[start : start + self.batch], self.reference_profiles)
+            q = self.model(shoeboxes.to(device))
+            q_i, q_bg = ((shape.cpu(), rate.cpu()) for shape, rate in (q.q_i, q.q_bg))
+            found.append(Posterior(q_i, q_bg, materialise(q.profile).cpu()))
+        return found
+
+    def profiles(self, rows: NDArray[np.int64]) -> Tensor:
+        """Spot shapes [B, P] float32."""
+        if not len(rows):
+            return torch.zeros(0, len(self.model.mean_profile))
+        return torch.cat([materialise(q.profile) for q in self.posteriors(rows)])
+
+    def moments(self, rows: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+        """Mean and variance under q of intensity (`mean_i`, `var_i`) and background (`mean_bg`, `var_bg`), each [B]."""
+        result: dict[str, NDArray[np.float64]] = {}
+        found = self.posteriors(rows)
+        for name in ("i", "bg"):
+            shape, rate = (
+                torch.cat([getattr(q, f"q_{name}")[k] for q in found]).double().numpy() if found else np.zeros(0)
+                for k in (0, 1)
+            )
+            result[f"mean_{name}"], result[f"var_{name}"] = shape / rate, shape / rate**2
+        return result
