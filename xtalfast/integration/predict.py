@@ -23,7 +23,9 @@ from xtalfast.models import Array, Beam, Crystal, Experiment, Goniometer, Scan
 
 # A scan-varying crystal may leave its mean setting by a degree or two: solutions this far off the scan are followed.
 _SCAN_VARYING_REACH = np.radians(3.0)
-_SCAN_VARYING_ITERATIONS = 6  # each gains about the drift per image, in radians: 1e-4 or less
+# Each iteration gains the crystal's turn per radian of scan, divided by zeta: six do for nearly all spots.
+_SCAN_VARYING_ITERATIONS = 50
+_SCAN_VARYING_PRECISION = 1e-11  # rad
 
 
 @dataclass(frozen=True)
@@ -142,10 +144,14 @@ def predict_hkl(experiment: Experiment, hkl: NDArray, *, padding: float = 0.0) -
     if varying:
         for _ in range(_SCAN_VARYING_ITERATIONS):
             q0 = np.einsum("nij,nj->ni", crystal.A_at(scan.z_from_phi(phi), scan), hkl[rows])
-            solutions = diffraction_angles(q0, beam, goniometer)
-            away = (solutions - phi[:, None] + np.pi) % (2 * np.pi) - np.pi
+            away = (diffraction_angles(q0, beam, goniometer) - phi[:, None] + np.pi) % (2 * np.pi) - np.pi
             nearest = np.argmin(np.where(np.isnan(away), np.inf, np.abs(away)), axis=1)
-            phi = phi + np.take_along_axis(away, nearest[:, None], axis=1)[:, 0]
+            step = np.take_along_axis(away, nearest[:, None], axis=1)[:, 0]
+            # A vector that the drift moves off the sphere has no solution (nan) and is dropped.
+            rows, phi, step = (values[~np.isnan(step)] for values in (rows, phi, step))
+            phi = phi + step
+            if np.max(np.abs(step), initial=0.0) < _SCAN_VARYING_PRECISION:
+                break
     z = scan.z_from_phi(phi)
     inside = (z >= scan.array_range[0] - padding) & (z < scan.array_range[1] + padding)
     rows, phi, z = rows[inside], phi[inside], z[inside]

@@ -50,8 +50,8 @@ class SimulationResult:
 
     directory: Path
     images: list[Path]
-    experiments: Path  # models.expt
-    reflections: Path  # predicted.refl
+    expt: Path  # models.expt, the true models
+    refl: Path  # predicted.refl
     truth: Path  # truth.npz, row by row with predicted.refl
 
 
@@ -296,10 +296,10 @@ def _header(config: SimulationConfig, experiment: Experiment, image: int) -> Min
 def _write_tables(simulation: Simulation, result: SimulationResult) -> None:
     experiment = simulation.experiment
     imageset = {"__id__": "ImageSequence", "template": str(result.images[0].with_name("sim_####.cbf"))}
-    write_expt(result.experiments, [replace(experiment, imageset=imageset)])
+    write_expt(result.expt, [replace(experiment, imageset=imageset)])
     table = simulation.predictions.to_table(experiment.identifier)
     table["partiality"] = simulation.partiality()
-    write_refl(result.reflections, table)
+    write_refl(result.refl, table)
     with replacing(result.truth) as temporary, temporary.open("wb") as handle:
         np.savez_compressed(handle, **simulation.truth())
 

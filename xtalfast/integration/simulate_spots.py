@@ -115,16 +115,19 @@ def voxel_shares(centre: Array, covariance: Array, stack: tuple[int, int, int], 
         The shares in order of spot, then voxel; all voxels within five standard deviations, cut at the stack's faces.
     """
     n_z, n_y, n_x = stack
+    reach_z = _REACH * np.sqrt(covariance[:, 2, 2])
+    near = np.flatnonzero((centre[:, 2] + reach_z > first) & (centre[:, 2] - reach_z < first + n_z))
+    centre, covariance = centre[near], covariance[near]
     reach = _REACH * np.sqrt(np.diagonal(covariance, axis1=1, axis2=2))
     origin = np.array([0, 0, first])
     low = np.maximum(np.floor(centre - reach).astype(np.int64), origin)
     high = np.minimum(np.floor(centre + reach).astype(np.int64) + 1, origin + np.array([n_x, n_y, n_z]))
     size = np.maximum(high - low, 0)
-    rows = np.flatnonzero(size.prod(axis=1) > 0)
-    # Spots of like extent go together, since a group shares the largest box among its members.
-    rows = rows[np.lexsort((size[rows, 0], size[rows, 1], size[rows, 2]))]
     nodes = np.ceil(_NODES_AT_SIGMA / np.sqrt(np.linalg.eigvalsh(covariance[:, :2, :2])[:, 0]))
     nodes = np.clip(nodes, 2, _MAX_NODES).astype(np.int64)
+    # Spots of like extent go together, since a group shares the largest box among its members.
+    rows = np.flatnonzero(size.prod(axis=1) > 0)
+    rows = rows[np.lexsort((size[rows, 0], size[rows, 1], size[rows, 2]))]
     found = [
         _group_shares(centre, covariance, low, high, group, n, stack, first) for group, n in _groups(rows, size, nodes)
     ]
@@ -132,7 +135,7 @@ def voxel_shares(centre: Array, covariance: Array, stack: tuple[int, int, int], 
         return VoxelShares(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))
     row, voxel, share = (np.concatenate(part) for part in zip(*found))
     order = np.lexsort((voxel, row))
-    return VoxelShares(row[order], voxel[order], share[order])
+    return VoxelShares(near[row[order]], voxel[order], share[order])
 
 
 def _groups(rows: NDArray, size: NDArray, nodes: NDArray) -> list[tuple[NDArray, int]]:
