@@ -162,11 +162,12 @@ def read_expt(path: str | os.PathLike, image_dir: str | os.PathLike | None = Non
 def _check(experiment: Experiment, where: str) -> None:
     """What the models of one experiment must agree on."""
     scan, crystal, imageset = experiment.scan, experiment.crystal, experiment.imageset
-    if crystal is not None and crystal.A_at_scan_points is not None:
+    if scan is not None and crystal is not None and crystal.A_at_scan_points is not None:
         n = len(crystal.A_at_scan_points)
-        if scan is None or n != scan.n_images + 1:
-            images = "no scan" if scan is None else f"{scan.n_images} images"
-            raise InputError(f"{where}: A_at_scan_points must have one point more than images, got {n} and {images}")
+        if n != scan.n_images + 1:
+            raise InputError(
+                f"{where}: A_at_scan_points must have one point more than images, got {n} and {scan.n_images} images"
+            )
     if imageset is not None and (imageset.get("dx") or imageset.get("dy")):
         logger.warning("%s: the maps dx and dy are not used; pixel positions may be off by up to a pixel", where)
 
