@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -44,8 +45,10 @@ class Boxes:
         kept = torch.nonzero(keep).squeeze(1)
         n_kept = segment_sum(keep.to(torch.float64), self.ptr).to(torch.int64)
         ptr = torch.cat([n_kept.new_zeros(1), n_kept.cumsum(0)])
-        values = (t.index_select(0, kept) for t in (self.counts, self.used, self.profile, self.background))
-        return Boxes(*values, ptr, self.row.index_select(0, kept))
+        counts, used, profile, background, row = (
+            t.index_select(0, kept) for t in (self.counts, self.used, self.profile, self.background, self.row)
+        )
+        return Boxes(counts, used, profile, background, ptr, row)
 
 
 def check_boxes(
@@ -146,8 +149,9 @@ def unpack(
     row = torch.repeat_interleave(torch.arange(len(ptr) - 1, device=ptr.device), ptr.diff())
     shape = torch.ones_like(counts, dtype=dtype) if background is None else background.to(dtype).expand(counts.shape)
     used = torch.ones_like(counts, dtype=torch.bool) if mask is None else used_pixels(mask)
-    flat = (t.reshape(-1) for t in (counts.to(dtype), used, values, shape))
-    return Boxes(*flat, ptr, row)
+    return Boxes(
+        counts.to(dtype).reshape(-1), used.reshape(-1), values.reshape(-1), shape.reshape(-1), ptr=ptr, row=row
+    )
 
 
 def per_reflection(value: Tensor | float, n: int, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -160,3 +164,54 @@ def per_reflection(value: Tensor | float, n: int, name: str, like: Tensor, dtype
     if tensor.ndim > 1 or (tensor.ndim == 1 and len(tensor) not in (1, n)):
         raise ValueError(f"{name} must be a number or [N] with N={n}, got {list(tensor.shape)}")
     return tensor.expand(n)
+
+
+def pair_rows(pair: tuple, rows: slice) -> tuple:
+    """The rows of a (shape, rate) pair; numbers stay numbers."""
+    return tuple(value_rows(value, rows) for value in pair)
+
+
+def value_rows(value: Tensor | float, rows: slice) -> Tensor | float:
+    """The rows of a tensor [N]; a number or a tensor of one value stays as it is."""
+    return value[rows] if isinstance(value, Tensor) and value.ndim == 1 and len(value) > 1 else value
+
+
+def _profile_rows(profile: Profile, rows: slice, pixels: slice, ragged: bool) -> Profile:
+    if isinstance(profile, Tensor):
+        return profile[pixels]
+    if isinstance(profile, SoftmaxProfile):
+        return SoftmaxProfile(profile.logits[pixels])
+    if isinstance(profile, MVNProfile):
+        return MVNProfile(
+            profile.mean[rows], profile.scale_tril[rows], profile.grid[pixels] if ragged else profile.grid
+        )
+    return LowRankProfile(profile.latent[rows], profile.basis, profile.bias)
+
+
+Chunk = tuple[Tensor, Tensor | None, Profile, Tensor | None, Tensor | None]
+
+
+def box_chunks(
+    counts: Tensor,
+    mask: Tensor | None,
+    profile: Profile,
+    ptr: Tensor | None,
+    background: Tensor | None,
+    n: int,
+    max_pixels: int = 1 << 19,
+) -> Iterator[tuple[slice, Chunk]]:
+    """Runs of reflections of about `max_pixels` pixels (at least one run, if empty): rows and their pixel arguments."""
+    step = max(1, max_pixels * n // max(1, counts.numel()))
+    for start in range(0, max(1, n), step):
+        rows = slice(start, min(n, start + step))
+        pixels = rows if ptr is None else slice(int(ptr[rows.start]), int(ptr[rows.stop]))
+        yield (
+            rows,
+            (
+                counts[pixels],
+                None if mask is None else mask[pixels],
+                _profile_rows(profile, rows, pixels, ptr is not None),
+                None if ptr is None else ptr[rows.start : rows.stop + 1] - ptr[rows.start],
+                background[pixels] if background is not None and background.shape == counts.shape else background,
+            ),
+        )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 GammaPair = tuple[Tensor | float, Tensor | float]
+TensorPair = tuple[Tensor, Tensor]
 
 
 def gamma_from_log_mean_cv(log_mean: Tensor, log_cv: Tensor) -> tuple[Tensor, Tensor]:

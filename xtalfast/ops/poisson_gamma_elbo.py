@@ -25,14 +25,14 @@ from torch import Tensor
 from torch.nn.functional import softplus
 from torch.utils.checkpoint import checkpoint
 
-from xtalfast.ops._boxes import Boxes, check_boxes, per_reflection, unpack
-from xtalfast.ops.gamma import GammaPair, gamma_kl
-from xtalfast.ops.profiles import Profile, materialise
+from xtalfast.ops._boxes import Boxes, Chunk, box_chunks, check_boxes, pair_rows, per_reflection, unpack, value_rows
+from xtalfast.ops.gamma import GammaPair, TensorPair, gamma_kl
+from xtalfast.ops.profiles import Profile
 
 Nodes = int | Literal["auto"]
 Estimator = Literal["quadrature", "mc"]
 
-_CHUNK = 1 << 22  # pixels x nodes held at once by the torch path: 16 MB an array in float32
+_CHUNK = 1 << 22  # pixels x nodes held at once: 16 MB an array in float32
 
 
 def share_nodes(shape_i: Tensor, shape_bg: Tensor, n_nodes: int) -> tuple[Tensor, Tensor]:
@@ -77,7 +77,7 @@ def share_nodes(shape_i: Tensor, shape_bg: Tensor, n_nodes: int) -> tuple[Tensor
     return t, measure
 
 
-def quadrature_draws(q_i: GammaPair, q_bg: GammaPair, n_nodes: int) -> tuple[Tensor, Tensor, Tensor]:
+def quadrature_draws(q_i: TensorPair, q_bg: TensorPair, n_nodes: int) -> tuple[Tensor, Tensor, Tensor]:
     """Effective intensities, backgrounds and weights [N, K] with E_q log(I p + B b) = sum_k w_k log(I_k p + B_k b)."""
     (k_i, r_i), (k_b, r_b) = q_i, q_bg
     t, measure = share_nodes(k_i, k_b, n_nodes)
@@ -90,7 +90,7 @@ def quadrature_draws(q_i: GammaPair, q_bg: GammaPair, n_nodes: int) -> tuple[Ten
 
 
 def monte_carlo_draws(
-    q_i: GammaPair, q_bg: GammaPair, samples: int, generator: torch.Generator
+    q_i: TensorPair, q_bg: TensorPair, samples: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`samples` joint draws of (I, B), [N, S], with implicit-reparameterisation gradients, and weights 1 / S."""
     draws = [
@@ -127,44 +127,48 @@ def poisson_gamma_elbo_reference(
     """The definition, in plain torch; arguments as in `poisson_gamma_elbo`. Memory grows with pixels x nodes."""
     boxes = unpack(counts, mask, profile, ptr, background)
     n = len(boxes)
-    q_i, q_bg, prior_i, prior_bg = (
-        tuple(per_reflection(t, n, name, boxes.counts, torch.float64) for t in pair)
-        for name, pair in (("q_i", q_i), ("q_bg", q_bg), ("prior_i", prior_i), ("prior_bg", prior_bg))
-    )
-    kappa_i = per_reflection(kappa_i, n, "kappa_i", boxes.counts, torch.float64)
-    kappa_bg = per_reflection(kappa_bg, n, "kappa_bg", boxes.counts, torch.float64)
+    dtype = torch.float64  # of everything that is one number a reflection
+    k_i, r_i = (per_reflection(t, n, "q_i", boxes.counts, dtype) for t in q_i)
+    k_b, r_b = (per_reflection(t, n, "q_bg", boxes.counts, dtype) for t in q_bg)
+    kl_i = gamma_kl((k_i, r_i), tuple(per_reflection(t, n, "prior_i", boxes.counts, dtype) for t in prior_i))
+    kl_bg = gamma_kl((k_b, r_b), tuple(per_reflection(t, n, "prior_bg", boxes.counts, dtype) for t in prior_bg))
 
     used = boxes.used
     profile_sum = boxes.total(torch.where(used, boxes.profile, 0.0)).to(torch.float64)
     background_sum = boxes.total(torch.where(used, boxes.background, 0.0)).to(torch.float64)
-    factorials = boxes.total(torch.where(used, torch.lgamma(boxes.counts + 1), 0.0)).to(torch.float64)
-    lit = boxes.where(used & (boxes.counts > 0))  # y log(rate) is 0 elsewhere
+    lit = boxes.where(used & (boxes.counts > 0))  # y log(rate) and log y! are 0 elsewhere
+    factorials = lit.total(torch.lgamma(lit.counts + 1)).to(torch.float64)
 
     if estimator == "mc":
         generator = torch.Generator(counts.device).manual_seed(_seed(seed))
-        i_k, b_k, weight = monte_carlo_draws(q_i, q_bg, samples, generator)
+        i_k, b_k, weight = monte_carlo_draws((k_i, r_i), (k_b, r_b), samples, generator)
         # the same draws in both terms: near the optimum their first-order noise cancels
         per_draw = _log_rates(lit, i_k, b_k) - i_k * profile_sum[:, None] - b_k * background_sum[:, None]
         log_likelihood = (weight * per_draw).sum(1) - factorials
     else:
-        needed = nodes_needed(q_i[0], q_bg[0]) if nodes == "auto" else torch.full_like(lit.ptr[1:], nodes)
-        log_likelihood = -q_i[0] / q_i[1] * profile_sum - q_bg[0] / q_bg[1] * background_sum - factorials
+        needed = nodes_needed(k_i, k_b) if nodes == "auto" else torch.full_like(lit.ptr[1:], nodes)
+        log_likelihood = -k_i / r_i * profile_sum - k_b / r_b * background_sum - factorials
         for count in torch.unique(needed).tolist():
             group = needed == count
-            i_k, b_k, weight = quadrature_draws(q_i, q_bg, count)
+            i_k, b_k, weight = quadrature_draws((k_i, r_i), (k_b, r_b), count)
             per_node = _log_rates(lit.where(group[lit.row]), i_k, b_k)
             log_likelihood = log_likelihood + torch.where(group, (weight * per_node).sum(1), 0.0)
 
-    loss = -log_likelihood + kappa_i * gamma_kl(q_i, prior_i) + kappa_bg * gamma_kl(q_bg, prior_bg)
-    return loss.to(boxes.counts.dtype)
+    kappa_i = per_reflection(kappa_i, n, "kappa_i", boxes.counts, dtype)
+    kappa_bg = per_reflection(kappa_bg, n, "kappa_bg", boxes.counts, dtype)
+    return (kappa_i * kl_i + kappa_bg * kl_bg - log_likelihood).to(boxes.counts.dtype)
 
 
 def _log_rates(lit: Boxes, i_k: Tensor, b_k: Tensor) -> Tensor:
     """sum_j y_j log(I_k p_j + B_k b_j) for every node or draw, [N, K] float64."""
     dtype = lit.profile.dtype
-    rate = i_k.to(dtype)[lit.row] * lit.profile[:, None] + b_k.to(dtype)[lit.row] * lit.background[:, None]
-    rate = torch.clamp(rate, min=torch.finfo(dtype).tiny)  # p = 0 with y > 0 stays finite
-    return lit.total(lit.counts[:, None] * torch.log(rate)).to(torch.float64)
+    tiny = torch.finfo(dtype).tiny
+    sums = []
+    for i, b in zip(i_k.to(dtype).unbind(1), b_k.to(dtype).unbind(1)):
+        rate = i[lit.row] * lit.profile + b[lit.row] * lit.background
+        # p = 0 with y > 0 stays finite
+        sums.append(lit.total(lit.counts * torch.log(torch.clamp(rate, min=tiny))))
+    return torch.stack(sums, 1).to(torch.float64)
 
 
 def _seed(seed: int | None) -> int:
@@ -229,45 +233,28 @@ def poisson_gamma_elbo(
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
 
-    values = materialise(profile, ptr)
     width = samples if estimator == "mc" else 64 if nodes == "auto" else nodes
-    step = max(1, _CHUNK // max(1, width * max(1, counts.numel() // max(1, n))))
     seeds = _seed(seed)
-    pieces = []
-    for index, start in enumerate(range(0, n, step)):
-        rows = slice(start, min(n, start + step))
-        pixels = rows if ptr is None else slice(int(ptr[rows.start]), int(ptr[rows.stop]))
+    pieces: list[Tensor] = []
+    for rows, boxes in box_chunks(counts, mask, profile, ptr, background, n, _CHUNK // width):
 
-        def piece(values, k_i, r_i, k_b, r_b, prior_i, prior_bg, kappa_i, kappa_bg, rows=rows, pixels=pixels, i=index):
+        def piece(rows: slice = rows, boxes: Chunk = boxes, seed: int = (seeds + len(pieces)) % 2**63) -> Tensor:
             return poisson_gamma_elbo_reference(
-                counts[pixels],
-                None if mask is None else mask[pixels],
-                values,
-                (k_i, r_i),
-                (k_b, r_b),
-                prior_i,
-                prior_bg,
-                ptr=None if ptr is None else ptr[rows.start : rows.stop + 1] - ptr[rows.start],
-                background=background if background is None or background.ndim < counts.ndim else background[pixels],
-                kappa_i=kappa_i,
-                kappa_bg=kappa_bg,
+                *boxes[:3],
+                pair_rows(q_i, rows),
+                pair_rows(q_bg, rows),
+                pair_rows(prior_i, rows),
+                pair_rows(prior_bg, rows),
+                ptr=boxes[3],
+                background=boxes[4],
+                kappa_i=value_rows(kappa_i, rows),
+                kappa_bg=value_rows(kappa_bg, rows),
                 estimator=estimator,
                 nodes=nodes,
                 samples=samples,
-                seed=(seeds + i) % 2**63,
+                seed=seed,
             )
 
-        arguments = [values[pixels], *(_rows(t, rows) for t in (*q_i, *q_bg))]
-        arguments += [tuple(_rows(t, rows) for t in pair) for pair in (prior_i, prior_bg)]
-        arguments += [_rows(kappa_i, rows), _rows(kappa_bg, rows)]
-        # recomputed in the backward pass, so that no [pixels, nodes] array outlives its chunk
-        pieces.append(
-            checkpoint(piece, *arguments, use_reentrant=False) if torch.is_grad_enabled() else piece(*arguments)
-        )
-    if not pieces:
-        return values.new_zeros(0, dtype=torch.promote_types(values.dtype, torch.float32))
+        # recomputed in the backward pass, so that no array of pixels x nodes outlives its run of reflections
+        pieces.append(checkpoint(piece, use_reentrant=False) if torch.is_grad_enabled() else piece())
     return torch.cat(pieces)
-
-
-def _rows(value: Tensor | float, rows: slice) -> Tensor | float:
-    return value[rows] if isinstance(value, Tensor) and value.ndim == 1 and len(value) > 1 else value

@@ -1,0 +1,65 @@
+"""The share of the spot in the photons of a box: the one variable to which intensity and background reduce.
+
+With P = sum p and Q = sum b over the used pixels (plus the rates of Gamma priors), I = S X / P and B = S (1 - X) / Q,
+the Poisson likelihood of a box separates into S^(sum y) e^-S and a function of the share X alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xtalfast.ops._boxes import Boxes
+
+_STEPS = 80
+_FARTHEST = 60.0  # |logit X| at which the search ends
+
+
+def share_rate(share: Tensor, at_one: Tensor, at_zero: Tensor) -> Tensor:
+    """X at_one + (1 - X) at_zero per pixel, kept above 0 so that p = 0 with y > 0 stays finite."""
+    return torch.clamp(share * at_one + (1 - share) * at_zero, min=torch.finfo(at_one.dtype).tiny ** 0.5)
+
+
+def most_likely_share(
+    lit: Boxes, at_one: Tensor, at_zero: Tensor, a: Tensor, c: Tensor, tolerance: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Maximum over X of the concave a log X + c log(1 - X) + sum_j y_j log(X at_one_j + (1 - X) at_zero_j).
+
+    Newton in t = logit X, kept inside the bracket that the sign of the slope gives, halving it where it steps outside.
+
+    Args:
+        lit: the pixels with counts.
+        at_one, at_zero: rates at X = 1 and X = 0, [M].
+        a, c: float64 [N], not negative; where both are 0 the maximum may lie at X = 0 or 1, which is then returned.
+        tolerance: distance from the maximum, in units of the width of its peak.
+
+    Returns:
+        X float64 [N], iterations int64 [N], and whether the tolerance was reached, bool [N].
+    """
+
+    def derivatives(x: Tensor) -> tuple[Tensor, Tensor]:
+        ratio = (at_one - at_zero) / share_rate(x.to(at_one.dtype)[lit.row], at_one, at_zero)
+        weighted = lit.counts * ratio
+        return lit.total(weighted).to(torch.float64), lit.total(weighted * ratio).to(torch.float64)
+
+    free = (a == 0) & (c == 0)
+    at_low = free & (derivatives(torch.zeros_like(a))[0] <= 0)
+    at_high = free & (derivatives(torch.ones_like(a))[0] >= 0) & ~at_low
+    x = torch.where(free, 0.5, a / torch.where(free, 1.0, a + c))
+    low, high = torch.full_like(x, -_FARTHEST), torch.full_like(x, _FARTHEST)
+    done = at_low | at_high
+    iterations = torch.zeros_like(x, dtype=torch.int64)
+    for _ in range(_STEPS):
+        if bool(done.all()):
+            break
+        slope, curvature = derivatives(x)
+        slope = slope + a / x - c / (1 - x)
+        curvature = curvature + a / x**2 + c / (1 - x) ** 2
+        t = torch.logit(x)
+        low, high = torch.where(slope > 0, t, low), torch.where(slope > 0, high, t)
+        newton = t + slope / (curvature * x * (1 - x) - (1 - 2 * x) * slope)
+        moved = torch.sigmoid(torch.where((newton > low) & (newton < high), newton, 0.5 * (low + high)))
+        iterations = iterations + (~done).to(torch.int64)
+        x = torch.where(done, x, moved)
+        done = done | (slope.abs() <= tolerance * curvature.sqrt())
+    return torch.where(at_low, 0.0, torch.where(at_high, 1.0, x)), iterations, done

@@ -1,0 +1,251 @@
+"""Exact posterior of spot intensity and background of a shoebox with a known profile, by one-dimensional quadrature.
+
+Counts y_j ~ Poisson(I p_j + B b_j), priors I ~ Gamma(a, alpha) and B ~ Gamma(c, beta). With P = alpha + sum p and
+Q = beta + sum b over the used pixels, I = S X / P and B = S (1 - X) / Q, the posterior factorises exactly:
+
+    S ~ Gamma(a + c + sum y, 1)
+    h(X) proportional to X^(a-1) (1 - X)^(c-1) prod_j (X p_j / P + (1 - X) b_j / Q)^y_j       on 0 < X < 1
+
+so all moments of (I, B) follow from those of the share X, whose log-density is a sum of concave terms in one variable.
+A flat prior on (I, B) >= 0 is a = c = 1, alpha = beta = 0; then E[sum_j rate_j] = E[S] = sum y + 2 exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xtalfast.ops._boxes import Boxes, box_chunks, check_boxes, pair_rows, per_reflection, unpack
+from xtalfast.ops._share import most_likely_share, share_rate
+from xtalfast.ops.gamma import GammaPair
+from xtalfast.ops.profiles import Profile
+
+_MODE_TOLERANCE = 1e-2  # sd: the quadrature need not be centred
+_TAIL_LOG = 16.0  # fall of log h from its maximum to the ends of the quadrature
+
+
+@dataclass(frozen=True)
+class IntensityPosterior:
+    """Posterior summaries of N reflections, float64 [N]; `quantiles_i` is [N, Q].
+
+    `shape_i`, `rate_i` are the Gamma with the posterior's mean and variance. `log_evidence` is log p(counts); an
+    improper prior (rate 0) enters it as the density I^(shape - 1).
+    """
+
+    mean_i: Tensor
+    var_i: Tensor
+    mean_bg: Tensor
+    var_bg: Tensor
+    shape_i: Tensor
+    rate_i: Tensor
+    quantiles_i: Tensor
+    log_evidence: Tensor
+
+
+def _heavy_tail(slope: Tensor, curvature: Tensor, skew: Tensor) -> Tensor:
+    """Distance at which a log-density that starts with these derivatives has fallen by _TAIL_LOG: Gamma-like tail.
+
+    The fall at distance d is slope d + n (w - log(1 + w)), w = d sqrt(curvature / n), with n from the third derivative.
+    """
+    n = torch.clamp(4 * curvature**3 / skew**2, min=1.0, max=1e12)
+    unit = torch.sqrt(n / curvature)
+    level = _TAIL_LOG / n
+    d = torch.minimum(unit * (level + torch.sqrt(2 * level)), _TAIL_LOG / torch.clamp(slope, min=1e-300))
+    for _ in range(6):  # convex: Newton from outside stays outside
+        w = d / unit
+        fall = slope * d + n * (w - torch.log1p(w))
+        d = d - (fall - _TAIL_LOG) / (slope + n / unit * w / (1 + w))
+    return d
+
+
+def _share_from_s(s: Tensor, a: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """X = s^(1/a) / (s^(1/a) + (1-s)^(1/c)) and log[dX/ds / (X (1 - X))]; the identity for a = c = 1.
+
+    It takes the singularities X^(a-1) and (1-X)^(c-1) of shapes below 1 out of the integrand.
+    """
+    logit = torch.log(s) / a - torch.log1p(-s) / c
+    return torch.sigmoid(logit), torch.log(1 / (a * s) + 1 / (c * (1 - s)))
+
+
+def _s_from_share(x: Tensor, a: Tensor, c: Tensor) -> Tensor:
+    """Inverse of `_share_from_s`, by bisection (0 and 1 map to themselves)."""
+    if bool(((a == 1) & (c == 1)).all()):
+        return x
+    low, high = torch.zeros_like(x), torch.ones_like(x)
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        below = _share_from_s(middle, a, c)[0] < x
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return torch.where((x == 0) | (x == 1), x, 0.5 * (low + high))
+
+
+def _posterior_of_boxes(
+    boxes: Boxes, a: Tensor, alpha: Tensor, c: Tensor, beta: Tensor, quantiles: Tensor, nodes: int
+) -> tuple[Tensor, ...]:
+    used = boxes.used
+    p_total = boxes.total(torch.where(used, boxes.profile, 0.0)).to(torch.float64) + alpha
+    q_total = boxes.total(torch.where(used, boxes.background, 0.0)).to(torch.float64) + beta
+    infinite_i, infinite_b = p_total <= 0, q_total <= 0  # flat prior and nothing measured
+    p_total, q_total = torch.where(infinite_i, 1.0, p_total), torch.where(infinite_b, 1.0, q_total)
+
+    lit = boxes.where(used & (boxes.counts > 0))
+    dtype = lit.profile.dtype
+    total_counts = lit.total(lit.counts).to(torch.float64)
+    at_one = lit.profile / p_total.to(dtype)[lit.row]
+    at_zero = lit.background / q_total.to(dtype)[lit.row]
+
+    mode, _, _ = most_likely_share(lit, at_one, at_zero, a, c, _MODE_TOLERANCE)
+    rate = share_rate(mode.to(dtype)[lit.row], at_one, at_zero)
+    ratio = (at_one - at_zero) / rate
+    weighted = lit.counts * ratio
+    first = lit.total(weighted).to(torch.float64)
+    second = torch.clamp(lit.total(weighted * ratio).to(torch.float64), min=1e-30)
+    third = lit.total(weighted * ratio * ratio).to(torch.float64)
+
+    # A positive third derivative makes the right tail the heavy one; the other falls at least as a Gaussian does.
+    light = torch.full_like(third, 1e-150)
+    right = _heavy_tail(-first, second, torch.where(third > 0, third, light))
+    left = _heavy_tail(first, second, torch.where(third < 0, third, light))
+    a_low, c_low = torch.clamp(a, max=1.0), torch.clamp(c, max=1.0)
+    s_low = _s_from_share(torch.clamp(mode - left, min=0.0), a_low, c_low)
+    s_high = _s_from_share(torch.clamp(mode + right, max=1.0), a_low, c_low)
+
+    point, gauss_weight = (torch.from_numpy(t).to(a.device) for t in np.polynomial.legendre.leggauss(nodes))
+    s = s_low[:, None] + (s_high - s_low)[:, None] * (0.5 + 0.5 * point)
+    x, log_jacobian = _share_from_s(s, a_low[:, None], c_low[:, None])
+    distance = (x - mode[:, None]).to(dtype)
+    # log(rate_k / rate_mode) = log(1 + (X_k - X_mode) ratio): nothing cancels in single precision
+    per_node = [
+        lit.total(lit.counts * torch.log1p(torch.clamp(d[lit.row] * ratio, min=-1 + 1e-7))) for d in distance.unbind(1)
+    ]
+    log_h = torch.stack(per_node, 1).to(torch.float64) + a[:, None] * torch.log(x) + c[:, None] * torch.log1p(-x)
+    log_weight = log_h + log_jacobian + torch.log(0.5 * gauss_weight * (s_high - s_low)[:, None])
+    log_integral = torch.logsumexp(log_weight, 1)
+    weight = torch.exp(log_weight - log_integral[:, None])
+
+    n_s = total_counts + a + c
+    mean_x = (weight * x).sum(1)
+    var_x = (weight * (x - mean_x[:, None]) ** 2).sum(1)
+    mean_i = n_s * mean_x / p_total
+    mean_b = n_s * (1 - mean_x) / q_total
+    # law of total variance: Var = E[Var(S)] X^2 + (E S)^2 Var X
+    var_i = (n_s * (var_x + mean_x**2) + n_s**2 * var_x) / p_total**2
+    var_b = (n_s * (var_x + (1 - mean_x) ** 2) + n_s**2 * var_x) / q_total**2
+
+    factorials = lit.total(torch.lgamma(lit.counts + 1)).to(torch.float64)
+    at_mode = lit.total(lit.counts * torch.log(rate)).to(torch.float64)
+    log_evidence = at_mode + log_integral + torch.lgamma(n_s) - a * torch.log(p_total) - c * torch.log(q_total)
+    log_evidence = log_evidence - factorials + _log_prior_norm(a, alpha) + _log_prior_norm(c, beta)
+
+    quantiles_i = _mixture_quantiles(quantiles, weight, p_total[:, None] / x, n_s, mean_i, var_i)
+    mean_i, var_i = (torch.where(infinite_i, torch.inf, t) for t in (mean_i, var_i))
+    mean_b, var_b = (torch.where(infinite_b, torch.inf, t) for t in (mean_b, var_b))
+    return mean_i, var_i, mean_b, var_b, mean_i**2 / var_i, mean_i / var_i, quantiles_i, log_evidence
+
+
+def _log_prior_norm(shape: Tensor, rate: Tensor) -> Tensor:
+    proper = shape * torch.log(torch.clamp(rate, min=1e-300)) - torch.lgamma(shape)
+    return torch.where(rate > 0, proper, 0.0)
+
+
+def _mixture_quantiles(
+    quantiles: Tensor, weight: Tensor, rate: Tensor, shape: Tensor, mean: Tensor, var: Tensor
+) -> Tensor:
+    """Quantiles [N, Q] of the mixture sum_k w_k Gamma(shape, rate_k), by bisection in log I, then Newton."""
+    out = torch.empty(len(mean), len(quantiles), dtype=torch.float64, device=mean.device)
+    for column, probability in enumerate(quantiles.tolist()):
+        sd = var.sqrt()
+        low = torch.log(mean) - 60 * sd / mean
+        high = torch.log(mean + 40 * sd)
+        for _ in range(48):
+            middle = 0.5 * (low + high)
+            scaled = torch.exp(middle)[:, None] * rate
+            cdf = (weight * torch.special.gammainc(shape[:, None].expand_as(scaled), scaled)).sum(1)
+            below = cdf < probability
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        out[:, column] = torch.exp(0.5 * (low + high))
+    return out
+
+
+def intensity_posterior_reference(
+    counts: Tensor,
+    mask: Tensor | None,
+    profile: Profile,
+    prior_i: GammaPair,
+    prior_bg: GammaPair,
+    *,
+    ptr: Tensor | None = None,
+    background: Tensor | None = None,
+    quantiles: Sequence[float] = (),
+    nodes: int = 24,
+) -> IntensityPosterior:
+    """The definition, in plain torch; arguments as in `intensity_posterior`."""
+    boxes = unpack(counts, mask, profile, ptr, background)
+    n = len(boxes)
+    a, alpha = (per_reflection(t, n, "prior_i", boxes.counts, torch.float64) for t in prior_i)
+    c, beta = (per_reflection(t, n, "prior_bg", boxes.counts, torch.float64) for t in prior_bg)
+    wanted = torch.as_tensor(quantiles, dtype=torch.float64, device=counts.device).reshape(-1)
+    return IntensityPosterior(*_posterior_of_boxes(boxes, a, alpha, c, beta, wanted, nodes))
+
+
+@torch.no_grad()
+def intensity_posterior(
+    counts: Tensor,
+    mask: Tensor | None,
+    profile: Profile,
+    prior_i: GammaPair,
+    prior_bg: GammaPair,
+    *,
+    ptr: Tensor | None = None,
+    background: Tensor | None = None,
+    quantiles: Sequence[float] = (),
+    nodes: int = 24,
+) -> IntensityPosterior:
+    """Exact posterior mean and variance of the intensity and the background of every shoebox.
+
+    Args:
+        counts: photons, [N, P] or ragged [M]; any integer or floating type.
+        mask: pixels to use, like counts: bool, or DIALS bits (used = Valid and not Overlapped); None uses all.
+        profile: spot shape that sums to 1 over the box, as for `poisson_gamma_elbo`.
+        prior_i: (shape, rate) of the Gamma prior of I, [N] or numbers; (1, 0) is flat on I >= 0.
+        prior_bg: (shape, rate) of the Gamma prior of B, mean photons per pixel.
+        ptr: row offsets int64 [N + 1] when counts are ragged.
+        background: shape of the background with mean 1 over the box, [P], [N, P] or [M]; None is flat.
+        quantiles: probabilities at which to give quantiles of I.
+        nodes: Gauss-Legendre nodes.
+
+    Returns:
+        IntensityPosterior, float64. A box without used pixels gives the prior back, infinite moments if that is
+        improper. No gradient is recorded.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, device or range.
+
+    Example:
+        >>> counts, profile = torch.tensor([[0, 3, 1]]), torch.tensor([[0.2, 0.6, 0.2]])
+        >>> flat = intensity_posterior(counts, None, profile, (1.0, 0.0), (1.0, 0.0))
+        >>> float(flat.mean_i + 3 * flat.mean_bg)  # the counts + 2
+        6.0
+    """
+    n = check_boxes(counts, mask, profile, ptr, background)
+    if any(not 0 < q < 1 for q in quantiles):
+        raise ValueError(f"quantiles must be between 0 and 1, got {tuple(quantiles)}")
+    if nodes < 2:
+        raise ValueError(f"nodes must be at least 2, got {nodes}")
+    pieces = [
+        intensity_posterior_reference(
+            *boxes[:3],
+            pair_rows(prior_i, rows),
+            pair_rows(prior_bg, rows),
+            ptr=boxes[3],
+            background=boxes[4],
+            quantiles=quantiles,
+            nodes=nodes,
+        )
+        for rows, boxes in box_chunks(counts, mask, profile, ptr, background, n)
+    ]
+    return IntensityPosterior(*(torch.cat(column) for column in zip(*(vars(piece).values() for piece in pieces))))
