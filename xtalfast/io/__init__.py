@@ -3,6 +3,7 @@
 from xtalfast.io.cbf import MiniCbfHeader, write_cbf
 from xtalfast.io.expt import ExperimentList, read_expt, write_expt
 from xtalfast.io.images import ImageReader, open_images, read_image
+from xtalfast.io.mtz import write_merged_mtz, write_unmerged_mtz
 from xtalfast.io.refl import Flag, RawColumn, ReflectionTable, read_refl, write_refl
 from xtalfast.io.shoebox_column import ShoeboxColumn
 
@@ -20,5 +21,7 @@ __all__ = [
     "read_refl",
     "write_cbf",
     "write_expt",
+    "write_merged_mtz",
     "write_refl",
+    "write_unmerged_mtz",
 ]
