@@ -30,7 +30,7 @@ _PULL_BINS = (-math.inf, 0.5, 1, 2, 5, 10, 20, 50, math.inf)
 
 @dataclass(frozen=True)
 class _Section:
-    """A part of the page. `missing` says what would have to be given for it to appear."""
+    """A part of the page. `missing` names what has to be given for it to appear."""
 
     key: str
     title: str
@@ -73,15 +73,20 @@ def render_report(data: ReportData) -> str:
 def _sections(data: ReportData) -> list[_Section]:
     pulls, pull_tables = _pulls(data)
     return [
-        _Section("statistics", "Merging statistics", "no merging statistics", _statistics(data.statistics)),
-        _Section("comparisons", "Intensities compared", "no reference intensities", _comparisons(data.comparisons)),
-        _Section("pulls", "Are the sigmas right?", "neither truth nor thinned halves", pulls and (pulls, pull_tables)),
-        _Section("signal", "Signal to noise", "no intensities", _signal(data.intensities)),
-        _Section("profiles", "Profiles over the detector", "no profiles", _profiles(data.profiles)),
-        _Section("shoeboxes", "Shoeboxes", "no example shoeboxes", _shoeboxes(data.shoeboxes)),
-        _Section("training", "Training", "no training history (nothing was trained)", _training(data.history)),
-        _Section("outliers", "Outliers", "no outliers listed", _outliers(data.outliers)),
-        _Section("flags", "Warnings and flags", "no warnings or flag counts", bool(data.warnings or data.flags)),
+        _Section("statistics", "Merging statistics", "merging statistics", _statistics(data.statistics)),
+        _Section("comparisons", "Intensities compared", "intensities to compare with", _comparisons(data.comparisons)),
+        _Section(
+            "pulls",
+            "Are the sigmas right?",
+            "truth or thinned halves to judge the sigmas by",
+            pulls and (pulls, pull_tables),
+        ),
+        _Section("signal", "Signal to noise", "intensities", _signal(data.intensities)),
+        _Section("profiles", "Profiles over the detector", "profiles", _profiles(data.profiles)),
+        _Section("shoeboxes", "Shoeboxes", "example shoeboxes", _shoeboxes(data.shoeboxes)),
+        _Section("training", "Training", "a training history (nothing was trained)", _training(data.history)),
+        _Section("outliers", "Outliers", "outliers", _outliers(data.outliers)),
+        _Section("flags", "Warnings and flags", "warnings and flag counts", bool(data.warnings or data.flags)),
     ]
 
 
@@ -89,24 +94,25 @@ def _statistics(sets: Sequence[MergingStatistics]) -> dict[str, Any] | None:
     if not sets:
         return None
     d_all = np.array([[s.d_max, s.d_min] for one in sets for s in one.shells])
-    edges = np.linspace(d_all.max() ** -2, d_all.min() ** -2, 6)
-    x = Axis("resolution (Å)", ticks=[(s2, f"{s2**-0.5:.2f}") for s2 in edges])
+    low, high = float(d_all.max() ** -2), float(d_all.min() ** -2)
+    ticks = [(s2, f"{s2**-0.5:.2f}") for s2 in np.linspace(low, high, 6)]
+    x = Axis("resolution (Å), even in 1/d²", limits=(low, high), ticks=ticks)
     charts = [
-        ("cc_half", Axis("CC½ of random half sets", limits=(None, 1.02)), "CC½"),
-        ("mean_I_over_sigma", Axis("⟨I/σ(I)⟩, merged", log=True), "Signal to noise of merged intensities"),
-        ("r_meas", Axis("R meas", limits=(0.0, None)), "R meas"),
-        ("r_pim", Axis("R pim", limits=(0.0, None)), "R pim"),
-        ("cc_anom", Axis("CC of anomalous differences"), "CC anomalous"),
-        ("completeness", Axis("completeness", limits=(0.0, 1.02)), "Completeness"),
+        ("cc_half", Axis("CC½ of random half sets", limits=(None, 1.02))),
+        ("mean_I_over_sigma", Axis("⟨I/σ(I)⟩ of merged intensities", log=True)),
+        ("r_meas", Axis("R meas", limits=(0.0, None))),
+        ("r_pim", Axis("R pim", limits=(0.0, None))),
+        ("cc_anom", Axis("CC of anomalous differences")),
+        ("completeness", Axis("completeness", limits=(0.0, 1.02))),
     ]
     figures = []
-    for name, y, caption in charts:
+    for name, y in charts:
         series = []
         for one in sets:
             middle = [(s.d_max**-2 + s.d_min**-2) / 2 for s in one.shells]
             series.append(Series(middle, [getattr(s, name) for s in one.shells], one.label, markers=True))
         if any(np.isfinite(np.asarray(s.y, float)).any() for s in series):
-            figures.append(line_chart(series, x, y, caption))
+            figures.append(line_chart(series, x, y))
     heads = [title for title, _, _ in SHELL_COLUMNS]
     tables = []
     for one in sets:
@@ -129,14 +135,14 @@ def _comparisons(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
         strong = positive & (x > 10 * sigma)
         rows = [("reflections", f"{np.count_nonzero(both):,}")]
         if np.count_nonzero(both) > 2:
-            rows.append(("correlation", f"{np.corrcoef(x[both], y[both])[0, 1]:.4f}"))
+            rows.append(("correlation", f"{_correlation(x[both], y[both]):.4f}"))
             rows.append(("R = Σ|I − I_ref| / Σ I_ref", f"{np.abs(y - x)[both].sum() / np.abs(x[both]).sum():.4f}"))
-        if np.count_nonzero(strong) > 2:
+        if np.count_nonzero(strong) > 2 and np.ptp(x[strong]) > 0:
             log_x, log_y = np.log(x[strong]), np.log(y[strong])
             slope = np.polyfit(log_x, log_y, 1)[0]
             rows.append(("reflections with I_ref > 10 σ", f"{np.count_nonzero(strong):,}"))
             rows.append(("slope of log I on log I_ref, strong", f"{slope:.4f}"))
-            rows.append(("correlation of log I, strong", f"{np.corrcoef(log_x, log_y)[0, 1]:.4f}"))
+            rows.append(("correlation of log I, strong", f"{_correlation(log_x, log_y):.4f}"))
         hidden = np.count_nonzero(both & ~positive)
         caption = f"Ours against {one.name}; dashed: equal."
         if hidden:
@@ -146,6 +152,11 @@ def _comparisons(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
         )
         out.append({"name": one.name, "figure": figure, "rows": rows})
     return out
+
+
+def _correlation(x: NDArray, y: NDArray) -> float:
+    """Pearson correlation; NaN when either does not vary."""
+    return float(np.corrcoef(x, y)[0, 1]) if np.ptp(x) > 0 and np.ptp(y) > 0 else math.nan
 
 
 def _pulls(data: ReportData) -> tuple[list[Figure], list[dict[str, Any]]]:
@@ -266,7 +277,7 @@ def _plain(value: Any) -> str:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "–"
     if isinstance(value, float | np.floating):
-        return f"{float(value):.5g}"
+        return f"{float(value):.4g}"
     if isinstance(value, tuple | list | np.ndarray):
         return " ".join(_plain(v) for v in value)
     return str(value)
