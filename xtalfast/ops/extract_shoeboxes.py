@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +30,7 @@ __all__ = ["Shoeboxes", "extract_shoeboxes", "extract_shoeboxes_reference"]
 UINT16_MAX = 65534  # 65535 is what a saturated count becomes
 INT32_MAX = 2**31 - 1
 _NO_LIMIT = (0, INT32_MAX)
+_NUMPY = {torch.int32: np.int32, torch.uint16: np.uint16, torch.uint8: np.uint8}
 
 
 class Shoeboxes(NamedTuple):
@@ -93,6 +95,13 @@ def _(images, bbox, ptr, mask, n_voxels, wide, low, high):
     return counts, images.new_empty(n_voxels, dtype=torch.uint8), bbox.new_empty(bbox.shape[0], dtype=torch.int32)
 
 
+def _empty(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory; on the CPU numpy's, which asks for huge pages: page faults cost more than the cutting."""
+    if device.type != "cpu":
+        return torch.empty(n, dtype=dtype, device=device)
+    return torch.from_numpy(np.empty(n, _NUMPY[dtype]))
+
+
 def _extract(images, bbox, ptr, mask, n_voxels, wide, low, high):
     device = images.device
     if _native.C is None or (device.type == "cuda" and not _native.C.with_cuda):
@@ -101,8 +110,8 @@ def _extract(images, bbox, ptr, mask, n_voxels, wide, low, high):
         of_box = torch.repeat_interleave(torch.arange(len(bbox), device=device), ptr.diff())
         peak = torch.zeros(len(bbox), dtype=torch.int32, device=device)
         return counts, boxes.mask, peak.scatter_reduce(0, of_box, boxes.counts, "amax")
-    counts = torch.empty(n_voxels, dtype=torch.int32 if wide else torch.uint16, device=device)
-    valid = torch.empty(n_voxels, dtype=torch.uint8, device=device)
+    counts = _empty(n_voxels, torch.int32 if wide else torch.uint16, device)
+    valid = _empty(n_voxels, torch.uint8, device)
     peak, overloads = torch.empty((2, len(bbox)), dtype=torch.int32, device=device)
     images, bbox, ptr = images.contiguous(), bbox.contiguous(), ptr.contiguous()
     mask = None if mask is None else mask.contiguous()
