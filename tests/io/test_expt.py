@@ -337,7 +337,9 @@ def test_missing_optional_models_are_none(tmp_path):
         (("crystal", 0, "real_space_a"), [0, 0, 0], "crystal 0: real_space_a, b, c must span space"),
         (("crystal", 0, "A_at_scan_points"), [[1.0] * 9] * 3, "one point more than images, got 3 and 3 images"),
         (("crystal", 0, "A_at_scan_points"), [[1.0] * 8] * 4, "must be [n_images + 1, 9], got [4, 8]"),
-        (("crystal", 0), 5, "crystal 0 must be a block, got 5"),
+        (("crystal", 0), 5, "crystal must be a list of blocks, got [5]"),
+        (("imageset", 0, "template"), 5, "imageset 0 is malformed"),
+        (("detector", 0, "panels", 0, "mask"), [[1, 2]], "detector 0 is malformed"),
     ],
 )
 def test_bad_blocks_say_where_and_what(tmp_path, path, value, message):

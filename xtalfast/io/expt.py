@@ -97,6 +97,16 @@ def _read_imageset(block: Block, directory: Path, image_dir: Path | None) -> Blo
     return block
 
 
+def _read_block(reader: Callable[[Block, str], Any], block: Block, where: str) -> Any:
+    """The model of a block; whatever a reader stumbles over that it does not check itself becomes one line too."""
+    try:
+        return reader(block, where)
+    except InputError:
+        raise
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise InputError(f"{where} is malformed ({error})") from error
+
+
 def _load_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -107,7 +117,11 @@ def _load_json(path: Path) -> dict[str, Any]:
     kind = content.get("__id__") if isinstance(content, dict) else type(content).__name__
     if kind != "ExperimentList":
         raise InputError(f"{path}: wanted a DIALS experiment list ('__id__': 'ExperimentList'), got {kind!r}")
-    if not isinstance(content.get("experiment"), list) or not content["experiment"]:
+    for section in ("experiment", *_SECTIONS):
+        blocks_of_section = content.get(section) or []
+        if not isinstance(blocks_of_section, list) or not all(isinstance(b, dict | None) for b in blocks_of_section):
+            raise InputError(f"{path}: {section} must be a list of blocks, got {blocks_of_section!r:.60}")
+    if not content.get("experiment") or None in content["experiment"]:
         raise InputError(f"{path}: wanted at least one experiment, got none")
     return content
 
@@ -141,9 +155,7 @@ def read_expt(path: str | os.PathLike, image_dir: str | os.PathLike | None = Non
             raise InputError(f"{where} names {kind} {index!r}, the file has {len(section)}")
         if (kind, index) not in cache:
             block = section[index]
-            if not isinstance(block, dict | None):
-                raise InputError(f"{path}: {kind} {index} must be a block, got {block!r:.60}")
-            cache[kind, index] = None if block is None else readers[kind](block, f"{path}: {kind} {index}")
+            cache[kind, index] = None if block is None else _read_block(readers[kind], block, f"{path}: {kind} {index}")
         return cache[kind, index]
 
     experiments = []

@@ -275,8 +275,8 @@ def _import_msgpack() -> Any:
     return msgpack
 
 
-def _unpack(path: Path, packed: bytes) -> dict[str, Any]:
-    """The table's dictionary; raises InputError with what the file seems to be instead."""
+def _unpack(path: Path, packed: bytes) -> tuple[dict[int, str], int, dict[str, Any]]:
+    """Identifiers, number of rows and packed columns; raises InputError with what the file seems to be instead."""
     msgpack = _import_msgpack()
     wanted = f"{path}: wanted a DIALS reflection table (.refl)"
     if packed[:4] == b"\x89HDF":
@@ -288,12 +288,14 @@ def _unpack(path: Path, packed: bytes) -> dict[str, Any]:
     try:
         content = msgpack.unpackb(packed, raw=False, strict_map_key=False)
         magic, version, table = content
-        table["identifiers"], table["nrows"], table["data"]
+        identifiers, n, data = table["identifiers"], table["nrows"], table["data"]
     except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
         raise InputError(f"{path}: truncated or damaged reflection table ({error}); copy or make it again") from error
     if magic != _MAGIC or version != 1:
         raise InputError(f"{wanted} of version 1, got version {version!r}")
-    return table
+    if not (isinstance(identifiers, dict) and isinstance(n, int) and isinstance(data, dict)):
+        raise InputError(f"{path}: truncated or damaged reflection table; copy or make it again")
+    return identifiers, n, data
 
 
 def read_refl(path: str | os.PathLike) -> ReflectionTable:
@@ -315,10 +317,14 @@ def read_refl(path: str | os.PathLike) -> ReflectionTable:
         packed = path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    content = _unpack(path, packed)
-    n = content["nrows"]
-    table = ReflectionTable(identifiers=dict(content["identifiers"]))
-    for name, (dials_type, (n_rows, data)) in content["data"].items():
+    identifiers, n, columns = _unpack(path, packed)
+    table = ReflectionTable(identifiers=identifiers)
+    for name, entry in columns.items():
+        match entry:
+            case [str(dials_type), [int(n_rows), bytes(data)]]:
+                pass
+            case _:
+                raise InputError(f"{path}: column {name} is damaged; copy or make the file again")
         if n_rows != n:
             raise InputError(f"{path}: column {name} must have {n} rows like the table, got {n_rows}")
         if dials_type == _SHOEBOX:
