@@ -181,19 +181,20 @@ def test_a_handful_of_observations(n):
     result = merging_statistics(data, n_bins=3)
     assert result.overall.n_obs == n
     assert np.isnan(result.overall.cc_half)
-    json.loads(result.to_json())
+    json.loads(json.dumps(result.to_json(), allow_nan=False))
     assert "-" in result.table()
 
 
 def test_json_and_text_hold_the_same_numbers():
     result = merging_statistics(simulate("P 31 2 1"), n_bins=4)
-    values = json.loads(result.to_json())
+    values = json.loads(json.dumps(result.to_json(), allow_nan=False))
     assert len(values["shells"]) == 4
     assert values["overall"]["r_pim"] == result.overall.r_pim
     last = result.table().splitlines()[-1].split()
     assert last[2:4] == [str(result.overall.n_obs), str(result.overall.n_unique)]
     assert f"{result.overall.r_pim:.3f}" in last
-    both = side_by_side([result, merging_statistics(simulate("P 1"))])
+    both = side_by_side({"first": result, "second": merging_statistics(simulate("P 1"))})
+    assert both.split()[:2] == ["first", "second"]
     line = next(line for line in both.splitlines() if line.startswith("Rpim(I) "))
     assert f"{result.overall.r_pim:.3f} ({result.shells[-1].r_pim:.3f})" in line
 

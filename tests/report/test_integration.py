@@ -11,7 +11,7 @@ import pytest
 
 from xtalfast.errors import InputError
 from xtalfast.metrics import Observations, merging_statistics
-from xtalfast.metrics.merging import SHELL_COLUMNS, format_value
+from xtalfast.metrics.shells import SHELL_COLUMNS, format_value
 from xtalfast.report import (
     Comparison,
     ProfileGrid,

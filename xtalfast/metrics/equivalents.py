@@ -122,7 +122,7 @@ class GroupMeans:
 def half_set_means(group: Ints, n_groups: int, I: Array, seed: int) -> Array:
     """Means of two random halves of each group, [n_groups, 2]; NaN for groups of fewer than two."""
     rng = np.random.default_rng(seed)
-    order = np.lexsort((rng.random(len(group)), group))
+    order = np.argsort(group + rng.random(len(group)))  # by group, in random order within
     count = np.bincount(group, minlength=n_groups)
     rank = np.arange(len(group)) - np.repeat(np.cumsum(count) - count, count)
     # The extra observation of an odd group goes to either half with equal chance.
@@ -133,3 +133,30 @@ def half_set_means(group: Ints, n_groups: int, I: Array, seed: int) -> Array:
     means = means.reshape(-1, 2)
     means[count < 2] = np.nan
     return means
+
+
+@dataclass(frozen=True)
+class MergedData:
+    """Observations merged in the ways that the statistics need; U unique reflections, seen or not."""
+
+    unique: UniqueReflections
+    mean: GroupMeans  # [U], Friedel mates together
+    friedel: GroupMeans  # [2 U], I(+) and I(-) alternating
+    half: Array  # [U, 2] means of random half sets
+    anomalous: Array  # [U, 2] I(+) - I(-) of random half sets; NaN for centric reflections
+
+    @classmethod
+    def of(cls, data: Observations, d_min: float | None, seed: int) -> MergedData:
+        unique = UniqueReflections.of(data, d_min)
+        I, sigI = data.I[unique.rows], data.sigI[unique.rows]
+        n, mate = len(unique.d), 2 * unique.index + ~unique.plus
+        half_friedel = half_set_means(mate, 2 * n, I, seed).reshape(-1, 2, 2)
+        anomalous = half_friedel[:, 0] - half_friedel[:, 1]
+        anomalous[unique.centric] = np.nan
+        return cls(
+            unique=unique,
+            mean=GroupMeans.of(unique.index, n, I, sigI),
+            friedel=GroupMeans.of(mate, 2 * n, I, sigI),
+            half=half_set_means(unique.index, n, I, seed),
+            anomalous=anomalous,
+        )

@@ -7,142 +7,22 @@ observations take seconds.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import gemmi
 import numpy as np
 from numpy.typing import ArrayLike
 
 from xtalfast.errors import InputError
-from xtalfast.metrics.equivalents import Array, GroupMeans, Ints, UniqueReflections, half_set_means
-from xtalfast.metrics.observations import Observations, heading, load_observations, select_observations
+from xtalfast.metrics.equivalents import Array, GroupMeans, Ints, MergedData
+from xtalfast.metrics.observations import Observations, load_observations, select_observations
+from xtalfast.metrics.shells import MergingStatistics, ShellStatistics
 
 if TYPE_CHECKING:
     from xtalfast.io import ReflectionTable
-
-
-@dataclass(frozen=True)
-class ShellStatistics:
-    """Statistics of the reflections with d_min <= d <= d_max (A); NaN where a quantity is not defined.
-
-    `_anom` of an R factor: I(+) and I(-) merged apart. Fractions, not per cent.
-    """
-
-    d_max: float
-    d_min: float
-    n_obs: int
-    n_unique: int
-    n_possible: int
-    completeness: float
-    multiplicity: float
-    mean_I: float  # of merged intensities
-    mean_I_over_sigma: float  # of merged intensities
-    r_merge: float
-    r_meas: float
-    r_pim: float
-    r_merge_anom: float
-    r_meas_anom: float
-    r_pim_anom: float
-    cc_half: float  # random half sets
-    cc_half_sigma_tau: float  # Assmann, Brehm & Diederichs (2016) J. Appl. Cryst. 49, 1021
-    n_half: int  # unique reflections with two or more observations
-    cc_anom: float
-    n_anom: int  # acentric reflections with two or more observations of each Friedel mate
-    anom_completeness: float
-    anom_multiplicity: float
-
-
-@dataclass(frozen=True)
-class MergingStatistics:
-    """Overall and per-shell statistics of one set of observations."""
-
-    overall: ShellStatistics
-    shells: list[ShellStatistics]
-    source: str
-    channel: str
-    scaling: str  # scaled, unscaled or as in file
-    merged: bool
-    cell: tuple[float, ...]
-    space_group: str
-    n_absent: int  # observations of systematically absent reflections, left out
-    rejected: dict[str, int] = field(default_factory=dict)
-    seed: int = 0
-
-    @property
-    def label(self) -> str:
-        """For headings: source, channel, scaling."""
-        return heading(self.source, self.channel, self.scaling)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, NaN as None."""
-
-        def plain(shell: ShellStatistics) -> dict[str, Any]:
-            values = asdict(shell)
-            return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-
-        rest = {k: v for k, v in vars(self).items() if k not in ("overall", "shells")}
-        return {**rest, "overall": plain(self.overall), "shells": [plain(shell) for shell in self.shells]}
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=1)
-
-    def table(self) -> str:
-        """Aligned text: one line a shell, the whole set last."""
-        rows = [[title for title, _, _ in SHELL_COLUMNS]]
-        rows += [[format_value(shell, name, spec) for _, name, spec in SHELL_COLUMNS] for shell in self.shells]
-        rows += [[format_value(self.overall, name, spec) for _, name, spec in SHELL_COLUMNS]]
-        lines = _align(rows)
-        lines.insert(len(lines) - 1, "-" * len(lines[0]))
-        cell = " ".join(f"{x:.2f}" for x in self.cell)
-        head = [f"{self.label}, {self.space_group}, cell {cell}"]
-        if self.scaling == "unscaled":
-            head.append("unscaled: agreement is before any scaling and improves when the data are scaled")
-        left_out = {**self.rejected, "systematically absent": self.n_absent}
-        head.append("left out: " + (", ".join(f"{n} {why}" for why, n in left_out.items() if n) or "nothing"))
-        return "\n".join(head + lines)
-
-
-# Heading, attribute, format of the columns of a table of shells.
-SHELL_COLUMNS = [
-    ("d_max", "d_max", ".2f"),
-    ("d_min", "d_min", ".2f"),
-    ("n_obs", "n_obs", "d"),
-    ("n_uniq", "n_unique", "d"),
-    ("mult", "multiplicity", ".1f"),
-    ("compl", "completeness", ".1%"),
-    ("<I>", "mean_I", ".4g"),
-    ("<I/sigI>", "mean_I_over_sigma", ".1f"),
-    ("Rmerge", "r_merge", ".3f"),
-    ("Rmeas", "r_meas", ".3f"),
-    ("Rpim", "r_pim", ".3f"),
-    ("CC1/2", "cc_half", ".3f"),
-    ("CCanom", "cc_anom", ".3f"),
-]
-_COMPARED = [
-    ("high resolution (A)", "d_min", ".2f"),
-    ("low resolution (A)", "d_max", ".2f"),
-    ("observations", "n_obs", "d"),
-    ("unique", "n_unique", "d"),
-    ("completeness", "completeness", ".1%"),
-    ("multiplicity", "multiplicity", ".1f"),
-    ("<I/sigI>", "mean_I_over_sigma", ".1f"),
-    ("Rmerge(I)", "r_merge", ".3f"),
-    ("Rmerge(I+/-)", "r_merge_anom", ".3f"),
-    ("Rmeas(I)", "r_meas", ".3f"),
-    ("Rmeas(I+/-)", "r_meas_anom", ".3f"),
-    ("Rpim(I)", "r_pim", ".3f"),
-    ("Rpim(I+/-)", "r_pim_anom", ".3f"),
-    ("CC1/2", "cc_half", ".3f"),
-    ("CC1/2 sigma-tau", "cc_half_sigma_tau", ".3f"),
-    ("CC anomalous", "cc_anom", ".3f"),
-    ("anomalous completeness", "anom_completeness", ".1%"),
-    ("anomalous multiplicity", "anom_multiplicity", ".1f"),
-]
 
 
 def merging_statistics(
@@ -179,12 +59,18 @@ def merging_statistics(
     if not len(data):
         raise InputError(f"{data.label}: no observations to merge")
 
-    unique = UniqueReflections.of(data, d_min)
-    both = [unique.shells(n_bins), unique.shells(1)]
-    per_shell, overall = ([*_statistics(unique, data, edges, seed)] for edges in both)
+    merged = MergedData.of(data, d_min, seed)
+    unique = merged.unique
+    overall, *shells = _statistics(merged, unique.shells(1)) + _statistics(merged, unique.shells(n_bins))
+    if data.merged:
+        nan = math.nan
+        overall, *shells = (
+            replace(shell, multiplicity=nan, anom_completeness=nan, anom_multiplicity=nan)
+            for shell in [overall, *shells]
+        )
     return MergingStatistics(
-        overall=overall[0],
-        shells=per_shell,
+        overall=overall,
+        shells=shells,
         source=data.source,
         channel=data.channel,
         scaling=data.scaling,
@@ -208,44 +94,16 @@ def stats_for_file(
     return merging_statistics(load_observations(path, expt, channel), n_bins=n_bins, d_min=d_min)
 
 
-def side_by_side(statistics: Sequence[MergingStatistics]) -> str:
-    """Text table of several sets, one column each: the whole set and, in brackets, its outermost shell."""
-    rows = [["", *(s.label for s in statistics)]]
-    for title, name, spec in _COMPARED:
-        rows.append(
-            [title]
-            + [f"{format_value(s.overall, name, spec)} ({format_value(s.shells[-1], name, spec)})" for s in statistics]
-        )
-    return "\n".join(_align(rows))
-
-
-def format_value(shell: ShellStatistics, name: str, spec: str) -> str:
-    """One value as text; a dash where it is not defined."""
-    value = getattr(shell, name)
-    return "-" if isinstance(value, float) and not math.isfinite(value) else format(value, spec)
-
-
-def _align(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]) for row in rows]
-
-
-def _statistics(unique: UniqueReflections, data: Observations, edges: Array, seed: int) -> Sequence[ShellStatistics]:
-    n_shells, n_unique = len(edges) - 1, len(unique.d)
-    shell = np.clip(np.searchsorted(-edges, -unique.d, side="right") - 1, 0, n_shells - 1)
-    I, sigI = data.I[unique.rows], data.sigI[unique.rows]
-    mean = GroupMeans.of(unique.index, n_unique, I, sigI)
-    friedel = GroupMeans.of(2 * unique.index + ~unique.plus, 2 * n_unique, I, sigI)
-    half = half_set_means(unique.index, n_unique, I, seed)
-    half_friedel = half_set_means(2 * unique.index + ~unique.plus, 2 * n_unique, I, seed).reshape(-1, 2, 2)
-    anomalous = half_friedel[:, 0] - half_friedel[:, 1]  # [U, 2] I(+) - I(-) of the two halves
-    anomalous[unique.centric] = np.nan
+def _statistics(merged: MergedData, edges: Array) -> list[ShellStatistics]:
+    mean, friedel, centric = merged.mean, merged.friedel, merged.unique.centric
+    n_shells = len(edges) - 1
+    shell = np.clip(np.searchsorted(-edges, -merged.unique.d, side="right") - 1, 0, n_shells - 1)
 
     def total(values: ArrayLike) -> Array:
         return np.bincount(shell, values, n_shells).astype(float)
 
     seen = mean.n > 0
-    n_obs, n_seen, n_possible = total(mean.n), total(seen), total(np.ones(n_unique))
+    n_obs, n_seen, n_possible = total(mean.n), total(seen), total(np.ones(len(shell)))
     n_mates: Ints = np.count_nonzero(friedel.n.reshape(-1, 2), axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         columns: dict[str, Array] = {
@@ -253,19 +111,16 @@ def _statistics(unique: UniqueReflections, data: Observations, edges: Array, see
             "multiplicity": n_obs / n_seen,
             "mean_I": total(np.where(seen, mean.mean, 0)) / n_seen,
             "mean_I_over_sigma": total(np.where(seen, mean.mean / mean.sigma, 0)) / n_seen,
-            "cc_half": _correlation(half, shell, n_shells),
+            "cc_half": _correlation(merged.half, shell, n_shells),
             "cc_half_sigma_tau": _sigma_tau(mean, shell, n_shells),
-            "cc_anom": _correlation(anomalous, shell, n_shells),
-            "anom_completeness": total(~unique.centric & (n_mates == 2)) / total(~unique.centric),
+            "cc_anom": _correlation(merged.anomalous, shell, n_shells),
+            "anom_completeness": total(~centric & (n_mates == 2)) / total(~centric),
             "anom_multiplicity": n_obs / total(n_mates),
         }
-    n_half, n_anom = total(mean.n > 1), total(np.isfinite(anomalous).all(axis=1))
-    for suffix, merged, shell_of in (("", mean, shell), ("_anom", friedel, np.repeat(shell, 2))):
-        for name, values in _r_factors(merged, shell_of, n_shells).items():
+    n_half, n_anom = total(mean.n > 1), total(np.isfinite(merged.anomalous).all(axis=1))
+    for suffix, means, shell_of in (("", mean, shell), ("_anom", friedel, np.repeat(shell, 2))):
+        for name, values in _r_factors(means, shell_of, n_shells).items():
             columns[name + suffix] = values
-    if data.merged:
-        for name in ("multiplicity", "anom_completeness", "anom_multiplicity"):
-            columns[name] = np.full(n_shells, np.nan)
     return [
         ShellStatistics(
             d_max=float(edges[i]),
@@ -281,16 +136,16 @@ def _statistics(unique: UniqueReflections, data: Observations, edges: Array, see
     ]
 
 
-def _r_factors(merged: GroupMeans, shell: Ints, n_shells: int) -> dict[str, Array]:
+def _r_factors(means: GroupMeans, shell: Ints, n_shells: int) -> dict[str, Array]:
     """R_merge, R_meas, R_pim of the groups with two or more observations, [n_shells] each.
 
     Ref: Diederichs & Karplus (1997) Nat. Struct. Biol. 4, 269; Weiss (2001) J. Appl. Cryst. 34, 130.
     """
-    rows = merged.n > 1
-    n, deviation, shell = merged.n[rows], merged.abs_deviation[rows], shell[rows]
+    rows = means.n > 1
+    n, deviation, shell = means.n[rows], means.abs_deviation[rows], shell[rows]
     factor = {"r_merge": np.ones(len(n)), "r_meas": np.sqrt(n / (n - 1)), "r_pim": np.sqrt(1 / (n - 1))}
     with np.errstate(divide="ignore", invalid="ignore"):
-        denominator = np.bincount(shell, n * merged.mean[rows], n_shells)
+        denominator = np.bincount(shell, n * means.mean[rows], n_shells)
         return {name: np.bincount(shell, f * deviation, n_shells) / denominator for name, f in factor.items()}
 
 
@@ -304,13 +159,13 @@ def _correlation(pairs: Array, shell: Ints, n_shells: int) -> Array:
         return np.where(n > 2, xy / np.sqrt(xx * yy), np.nan)
 
 
-def _sigma_tau(merged: GroupMeans, shell: Ints, n_shells: int) -> Array:
+def _sigma_tau(means: GroupMeans, shell: Ints, n_shells: int) -> Array:
     """CC1/2 without splitting: (var_y - var_e / 2) / (var_y + var_e / 2), [n_shells]."""
-    rows = merged.n > 1
-    shell, mean = shell[rows], merged.mean[rows]
+    rows = means.n > 1
+    shell, mean = shell[rows], means.mean[rows]
     n = np.bincount(shell, minlength=n_shells)
     with np.errstate(divide="ignore", invalid="ignore"):
         centred = mean - (np.bincount(shell, mean, n_shells) / n)[shell]
         var_y = np.bincount(shell, centred**2, n_shells) / (n - 1)
-        half_var_e = np.bincount(shell, merged.variance[rows] / (merged.n[rows] - 1), n_shells) / n
+        half_var_e = np.bincount(shell, means.variance[rows] / (means.n[rows] - 1), n_shells) / n
         return np.where(n > 1, (var_y - half_var_e) / (var_y + half_var_e), np.nan)

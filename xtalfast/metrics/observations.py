@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from xtalfast.io import ReflectionTable
     from xtalfast.models import Experiment
 
-CHANNELS = {
+INTENSITY_CHANNELS = {
     "scale": "scaled by dials.scale",
     "prf": "likelihood-only profile fit",
     "vi": "exact posterior under the Wilson prior",
@@ -150,8 +150,8 @@ def select_observations(
     from xtalfast.io import Flag
 
     channel = channel or _best_channel(table)
-    if channel not in CHANNELS:
-        raise InputError(f"channel must be one of {', '.join(CHANNELS)}, got {channel!r}")
+    if channel not in INTENSITY_CHANNELS:
+        raise InputError(f"channel must be one of {', '.join(INTENSITY_CHANNELS)}, got {channel!r}")
     table.require("miller_index", "flags", f"intensity.{channel}.value", f"intensity.{channel}.variance")
     hkl = np.asarray(table["miller_index"], np.int32)
     intensity = np.asarray(table[f"intensity.{channel}.value"], np.float64)

@@ -5,7 +5,6 @@ Whatever `ReportData` does not hold is left out of the page, which says so at it
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -19,13 +18,11 @@ from numpy.typing import NDArray
 from xtalfast.errors import InputError, MissingExtraError
 from xtalfast.io.files import write_text
 from xtalfast.metrics import MergingStatistics
-from xtalfast.metrics.merging import SHELL_COLUMNS, format_value
+from xtalfast.metrics.shells import SHELL_COLUMNS, format_value
+from xtalfast.metrics.truth import compare_with_truth
 from xtalfast.report.data import Comparison, ProfileGrid, ReportData, ShoeboxExample
 from xtalfast.report.images import DIVERGING, SEQUENTIAL, colored, data_uri, tile
 from xtalfast.report.svg import Axis, Figure, Series, density_plot, histogram, line_chart
-
-# Expected I/sigma bins in which pulls are judged.
-_PULL_BINS = (-math.inf, 0.5, 1, 2, 5, 10, 20, 50, math.inf)
 
 
 @dataclass(frozen=True)
@@ -126,24 +123,20 @@ def _statistics(sets: Sequence[MergingStatistics]) -> dict[str, Any] | None:
 def _comparisons(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
     out = []
     for one in comparisons:
-        x, y, sigma = (np.asarray(v, float) for v in (one.reference, one.value, one.sigma))
-        if not x.shape == y.shape == sigma.shape or x.ndim != 1:
-            shapes = ", ".join(str(list(v.shape)) for v in (x, y, sigma))
-            raise InputError(f"comparison with {one.name}: reference, value and sigma must be [N], got {shapes}")
-        both = np.isfinite(x) & np.isfinite(y)
-        positive = both & (x > 0) & (y > 0)
-        strong = positive & (x > 10 * sigma)
-        rows = [("reflections", f"{np.count_nonzero(both):,}")]
-        if np.count_nonzero(both) > 2:
-            rows.append(("correlation", f"{_correlation(x[both], y[both]):.4f}"))
-            rows.append(("R = Σ|I − I_ref| / Σ I_ref", f"{np.abs(y - x)[both].sum() / np.abs(x[both]).sum():.4f}"))
-        if np.count_nonzero(strong) > 2 and np.ptp(x[strong]) > 0:
-            log_x, log_y = np.log(x[strong]), np.log(y[strong])
-            slope = np.polyfit(log_x, log_y, 1)[0]
-            rows.append(("reflections with I_ref > 10 σ", f"{np.count_nonzero(strong):,}"))
-            rows.append(("slope of log I on log I_ref, strong", f"{slope:.4f}"))
-            rows.append(("correlation of log I, strong", f"{_correlation(log_x, log_y):.4f}"))
-        hidden = np.count_nonzero(both & ~positive)
+        x, y, sigma = _compared(one)
+        usable = np.isfinite(x) & np.isfinite(y) & (sigma > 0)
+        rows = [("reflections", f"{np.count_nonzero(usable):,}")]
+        if usable.any():
+            found = compare_with_truth(y, sigma**2, x, scale=1.0)
+            rows += [
+                ("correlation", _fixed(found.cc, 4)),
+                ("R = Σ|I − I_ref| / Σ I_ref", _fixed(found.r, 4)),
+                ("reflections with I_ref > 10 σ", f"{found.n_log:,}"),
+                ("slope of log I on log I_ref, strong", _fixed(found.log_slope, 4)),
+                ("correlation of log I, strong", _fixed(found.log_correlation, 4)),
+            ]
+        positive = usable & (x > 0) & (y > 0)
+        hidden = np.count_nonzero(usable & ~positive)
         caption = f"Ours against {one.name}; dashed: equal."
         if hidden:
             caption += f" {hidden:,} reflections with a value at or below zero have no place on log axes."
@@ -154,9 +147,16 @@ def _comparisons(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
     return out
 
 
-def _correlation(x: NDArray, y: NDArray) -> float:
-    """Pearson correlation; NaN when either does not vary."""
-    return float(np.corrcoef(x, y)[0, 1]) if np.ptp(x) > 0 and np.ptp(y) > 0 else math.nan
+def _compared(one: Comparison) -> tuple[NDArray, NDArray, NDArray]:
+    x, y, sigma = (np.asarray(v, float) for v in (one.reference, one.value, one.sigma))
+    if not x.shape == y.shape == sigma.shape or x.ndim != 1:
+        shapes = ", ".join(str(list(v.shape)) for v in (x, y, sigma))
+        raise InputError(f"comparison with {one.name}: reference, value and sigma must be [N], got {shapes}")
+    return x, y, sigma
+
+
+def _fixed(value: float, digits: int, sign: str = "") -> str:
+    return format(value, f"{sign}.{digits}f") if math.isfinite(value) else "–"
 
 
 def _pulls(data: ReportData) -> tuple[list[Figure], list[dict[str, Any]]]:
@@ -165,18 +165,15 @@ def _pulls(data: ReportData) -> tuple[list[Figure], list[dict[str, Any]]]:
     for one in data.comparisons:
         if not one.is_truth:
             continue
-        with np.errstate(divide="ignore", invalid="ignore"):
-            pull = (one.value - one.reference) / one.sigma
-            expected = one.reference / one.sigma
-        samples[f"against {one.name}"] = pull
+        x, y, sigma = _compared(one)
+        usable = np.isfinite(x) & np.isfinite(y) & (sigma > 0)
+        samples[f"against {one.name}"] = (y[usable] - x[usable]) / sigma[usable]
         rows = []
-        for low, high in itertools.pairwise(_PULL_BINS):
-            z = pull[(expected >= low) & (expected < high) & np.isfinite(pull)]
-            if len(z) > 1:
-                label = f"below {high:g}" if low == -math.inf else f"{low:g} – {high:g}"
-                label = f"above {low:g}" if high == math.inf else label
-                robust = 1.4826 * np.median(np.abs(z - np.median(z)))
-                rows.append([label, f"{len(z):,}", f"{z.mean():+.2f}", f"{z.std():.2f}", f"{robust:.2f}"])
+        for part in compare_with_truth(y, sigma**2, x, scale=1.0).pulls if usable.any() else ():
+            label = f"below {part.high:g}" if part.low == -math.inf else f"{part.low:g} – {part.high:g}"
+            label = f"above {part.low:g}" if part.high == math.inf else label
+            values = _fixed(part.mean, 2, "+"), _fixed(part.sd, 2), _fixed(part.robust_sd, 2)
+            rows.append([label, f"{part.n:,}", *values])
         tables.append({"name": one.name, "rows": rows})
     if not samples:
         return [], []
