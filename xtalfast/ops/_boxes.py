@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from xtalfast.ops.gamma import GammaPair, TensorPair
 from xtalfast.ops.profiles import LowRankProfile, MVNProfile, Profile, SoftmaxProfile, materialise, segment_sum
 
 VALID = 1
@@ -154,16 +155,22 @@ def unpack(
     )
 
 
-def per_reflection(value: Tensor | float, n: int, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """A number or tensor [N] as a tensor [N].
+def per_reflection(value: Tensor | float, n: int, name: str, like: Tensor) -> Tensor:
+    """A number or tensor [N] as a float64 tensor [N] on the device of `like`.
 
     Raises:
         ValueError: a tensor of another shape.
     """
-    tensor = torch.as_tensor(value, device=like.device).to(dtype)
+    tensor = torch.as_tensor(value, device=like.device).to(torch.float64)
     if tensor.ndim > 1 or (tensor.ndim == 1 and len(tensor) not in (1, n)):
         raise ValueError(f"{name} must be a number or [N] with N={n}, got {list(tensor.shape)}")
     return tensor.expand(n)
+
+
+def gamma_rows(pair: GammaPair, n: int, name: str, like: Tensor) -> TensorPair:
+    """(shape, rate) as two float64 tensors [N]."""
+    shape, rate = pair
+    return per_reflection(shape, n, f"{name} shape", like), per_reflection(rate, n, f"{name} rate", like)
 
 
 def pair_rows(pair: tuple, rows: slice) -> tuple:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xtalfast.ops._boxes import Boxes, box_chunks, check_boxes, pair_rows, per_reflection, unpack
+from xtalfast.ops._boxes import Boxes, box_chunks, check_boxes, gamma_rows, pair_rows, unpack
 from xtalfast.ops._share import most_likely_share, share_rate
 from xtalfast.ops.gamma import GammaPair
 from xtalfast.ops.profiles import Profile
@@ -186,8 +186,8 @@ def intensity_posterior_reference(
     """The definition, in plain torch; arguments as in `intensity_posterior`."""
     boxes = unpack(counts, mask, profile, ptr, background)
     n = len(boxes)
-    a, alpha = (per_reflection(t, n, "prior_i", boxes.counts, torch.float64) for t in prior_i)
-    c, beta = (per_reflection(t, n, "prior_bg", boxes.counts, torch.float64) for t in prior_bg)
+    a, alpha = gamma_rows(prior_i, n, "prior_i", boxes.counts)
+    c, beta = gamma_rows(prior_bg, n, "prior_bg", boxes.counts)
     wanted = torch.as_tensor(quantiles, dtype=torch.float64, device=counts.device).reshape(-1)
     return IntensityPosterior(*_posterior_of_boxes(boxes, a, alpha, c, beta, wanted, nodes))
 

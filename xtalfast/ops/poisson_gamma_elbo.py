@@ -25,13 +25,24 @@ from torch import Tensor
 from torch.nn.functional import softplus
 from torch.utils.checkpoint import checkpoint
 
-from xtalfast.ops._boxes import Boxes, Chunk, box_chunks, check_boxes, pair_rows, per_reflection, unpack, value_rows
+from xtalfast.ops._boxes import (
+    Boxes,
+    Chunk,
+    box_chunks,
+    check_boxes,
+    gamma_rows,
+    pair_rows,
+    per_reflection,
+    unpack,
+    value_rows,
+)
 from xtalfast.ops.gamma import GammaPair, TensorPair, gamma_kl
 from xtalfast.ops.profiles import Profile
 
 Nodes = int | Literal["auto"]
 Estimator = Literal["quadrature", "mc"]
 
+_MOST_NODES = 96
 _CHUNK = 1 << 22  # pixels x nodes held at once: 16 MB an array in float32
 
 
@@ -39,14 +50,16 @@ def share_nodes(shape_i: Tensor, shape_bg: Tensor, n_nodes: int) -> tuple[Tensor
     """Nodes in t = logit X and measures dt for X ~ Beta(shape_i, shape_bg), both [N, K] float64, without gradient.
 
     The density exp(k_i t) / (1 + e^t)^(k_i + k_b) is log-concave. The grid spans the t at which it has fallen by
-    exp(-2.5 sqrt(K)), is equidistant in u with t = t_mode + s sinh(kappa u + eta), as fine at the mode as a Gaussian of
-    the same curvature needs (0.7 sd, never above 1.2), and puts the mass of the exponential tails on the end nodes.
+    exp(-2.5 sqrt(K)), at most exp(-16), is equidistant in u with t = t_mode + s sinh(kappa u + eta), as fine at the
+    mode as a Gaussian of the same curvature needs (0.7 sd, never above 0.8), and lumps the mass of the exponential
+    tails into the end nodes. These constants minimise the largest error over shapes 0.01 to 1e3 and boxes of 100 to
+    13,000 photons.
     """
     with torch.no_grad():
         a, b = shape_i.to(torch.float64), shape_bg.to(torch.float64)
         n = a + b
         sd = torch.sqrt(n / (a * b))
-        level = 2.5 * math.sqrt(n_nodes)
+        level = min(2.5 * math.sqrt(n_nodes), 16.0)
 
         def reach(slope: Tensor, other: Tensor) -> Tensor:
             # distance d at which slope d + n log(other/n + slope/n e^-d) = level; Newton from outside is monotone
@@ -57,7 +70,7 @@ def share_nodes(shape_i: Tensor, shape_bg: Tensor, n_nodes: int) -> tuple[Tensor
             return d
 
         left, right = reach(a, b), reach(b, a)
-        spacing = torch.clamp(0.7 * sd, max=1.2) * (n_nodes - 1) / 2
+        spacing = torch.clamp(0.7 * sd, max=0.8) * (n_nodes - 1) / 2
         # s and eta follow from the two ends; kappa from the spacing at the mode: s kappa = spacing
         skew = (right - left) / (right + left)
         stretch = torch.clamp(0.5 * (left + right) / spacing, min=1.0 + 1e-9)
@@ -101,9 +114,9 @@ def monte_carlo_draws(
 
 
 def nodes_needed(shape_i: Tensor, shape_bg: Tensor) -> Tensor:
-    """Nodes that `nodes="auto"` takes for each reflection, int64 [N]: 16 where both shapes are above 4, 32 above 1."""
+    """Nodes that `nodes="auto"` takes for each reflection, int64 [N]: 24 where both shapes are above 10, 40 above 1."""
     smallest = torch.minimum(shape_i, shape_bg)
-    return torch.where(smallest >= 4, 16, torch.where(smallest >= 1, 32, 64))
+    return torch.where(smallest >= 10, 24, torch.where(smallest >= 1, 40, _MOST_NODES))
 
 
 def poisson_gamma_elbo_reference(
@@ -127,11 +140,9 @@ def poisson_gamma_elbo_reference(
     """The definition, in plain torch; arguments as in `poisson_gamma_elbo`. Memory grows with pixels x nodes."""
     boxes = unpack(counts, mask, profile, ptr, background)
     n = len(boxes)
-    dtype = torch.float64  # of everything that is one number a reflection
-    k_i, r_i = (per_reflection(t, n, "q_i", boxes.counts, dtype) for t in q_i)
-    k_b, r_b = (per_reflection(t, n, "q_bg", boxes.counts, dtype) for t in q_bg)
-    kl_i = gamma_kl((k_i, r_i), tuple(per_reflection(t, n, "prior_i", boxes.counts, dtype) for t in prior_i))
-    kl_bg = gamma_kl((k_b, r_b), tuple(per_reflection(t, n, "prior_bg", boxes.counts, dtype) for t in prior_bg))
+    (k_i, r_i), (k_b, r_b) = gamma_rows(q_i, n, "q_i", boxes.counts), gamma_rows(q_bg, n, "q_bg", boxes.counts)
+    kl_i = gamma_kl((k_i, r_i), gamma_rows(prior_i, n, "prior_i", boxes.counts))
+    kl_bg = gamma_kl((k_b, r_b), gamma_rows(prior_bg, n, "prior_bg", boxes.counts))
 
     used = boxes.used
     profile_sum = boxes.total(torch.where(used, boxes.profile, 0.0)).to(torch.float64)
@@ -154,8 +165,8 @@ def poisson_gamma_elbo_reference(
             per_node = _log_rates(lit.where(group[lit.row]), i_k, b_k)
             log_likelihood = log_likelihood + torch.where(group, (weight * per_node).sum(1), 0.0)
 
-    kappa_i = per_reflection(kappa_i, n, "kappa_i", boxes.counts, dtype)
-    kappa_bg = per_reflection(kappa_bg, n, "kappa_bg", boxes.counts, dtype)
+    kappa_i = per_reflection(kappa_i, n, "kappa_i", boxes.counts)
+    kappa_bg = per_reflection(kappa_bg, n, "kappa_bg", boxes.counts)
     return (kappa_i * kl_i + kappa_bg * kl_bg - log_likelihood).to(boxes.counts.dtype)
 
 
@@ -206,7 +217,8 @@ def poisson_gamma_elbo(
         background: shape of the background with mean 1 over the box, [P], [N, P] or [M]; None is flat.
         kappa_i, kappa_bg: weights of the two divergences, [N] or numbers.
         estimator: "quadrature" (deterministic) or "mc" (Monte Carlo, the paper's).
-        nodes: quadrature nodes, or "auto": 16, 32 or 64 by the smaller of the two shapes.
+        nodes: quadrature nodes, or "auto": 24, 40 or 96 by the smaller of the two shapes, good to 1e-3 nats for shapes
+            of 1 or more and to 1e-2 down to 0.01. 12 to 16 do for training.
         samples: Monte-Carlo draws a reflection.
         seed: of the draws; None takes one from torch's generator.
 
@@ -233,7 +245,7 @@ def poisson_gamma_elbo(
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
 
-    width = samples if estimator == "mc" else 64 if nodes == "auto" else nodes
+    width = samples if estimator == "mc" else _MOST_NODES if nodes == "auto" else nodes
     seeds = _seed(seed)
     pieces: list[Tensor] = []
     for rows, boxes in box_chunks(counts, mask, profile, ptr, background, n, _CHUNK // width):

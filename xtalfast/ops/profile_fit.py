@@ -153,7 +153,7 @@ def profile_fit_reference(
         flat = intensity_posterior(counts, mask, profile, (1.0, 0.0), (1.0, 0.0), ptr=ptr, background=background)
         # a box that says nothing about I or B has an infinite mean: any reference will do, it is reported unsolvable
         at = (torch.nan_to_num(flat.mean_i, posinf=1.0), torch.nan_to_num(flat.mean_bg, posinf=1.0))
-    i_ref, b_ref = (per_reflection(t, len(boxes), "at", boxes.counts, torch.float64) for t in at)
+    i_ref, b_ref = (per_reflection(t, len(boxes), "at", boxes.counts) for t in at)
     return _linear(boxes, i_ref, b_ref)
 
 
