@@ -12,7 +12,7 @@ from torch import Tensor
 from xtalfast.ops._boxes import Boxes
 
 _STEPS = 80
-_FARTHEST = 60.0  # |logit X| at which the search ends
+_FARTHEST = 36.0  # |logit X| at which the search ends: 1 - X is still above 0 in double precision
 
 
 def share_rate(share: Tensor, at_one: Tensor, at_zero: Tensor) -> Tensor:
