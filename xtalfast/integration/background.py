@@ -21,6 +21,7 @@ class Background(NamedTuple):
     variance: Array  # [N] of the mean
     dispersion: Array  # [N] variance / mean of the pixels used; 1 for Poisson
     n_used: NDArray[np.int64]  # [N] pixels
+    outlier: NDArray[np.bool_]  # [N, P] pixels of `use` that were rejected
 
 
 def robust_background(counts: NDArray, use: NDArray[np.bool_]) -> Background:
@@ -33,8 +34,8 @@ def robust_background(counts: NDArray, use: NDArray[np.bool_]) -> Background:
         use: pixels that are background, bool [N, P].
 
     Returns:
-        Mean, its variance mean / n, dispersion and number of pixels used, [N] each. A box without background pixels
-        has mean 0, variance inf, dispersion 1.
+        Mean, its variance mean / n, dispersion and number of pixels used, [N] each, and the rejected pixels [N, P]. A
+        box without background pixels has mean 0, variance inf, dispersion 1.
     """
     counts = np.asarray(counts, np.float32)
     keep = np.asarray(use, bool)
@@ -55,4 +56,4 @@ def robust_background(counts: NDArray, use: NDArray[np.bool_]) -> Background:
         dispersion = np.where((n > 1) & (mean > 0), (square - mean**2) / mean, 1.0)
         # A box of n empty pixels bounds the rate at about 1 / n; its variance is never zero.
         variance = np.where(n > 0, np.maximum(mean, 1.0 / some) / some, np.inf)
-    return Background(np.where(n > 0, mean, 0.0), variance, dispersion, n)
+    return Background(np.where(n > 0, mean, 0.0), variance, dispersion, n, use & ~keep)

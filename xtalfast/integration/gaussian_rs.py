@@ -36,7 +36,7 @@ from torch import Tensor
 
 from xtalfast.errors import InputError
 from xtalfast.integration.background import robust_background
-from xtalfast.integration.kabsch import box_edges, direction_coordinates, experiment_frame, rotation_coordinates
+from xtalfast.integration.kabsch import box_edges, direction_coordinates, kabsch_frame, rotation_coordinates
 from xtalfast.io.files import replacing
 from xtalfast.models import Array, Experiment
 
@@ -154,7 +154,7 @@ def _geometry(store: Any, experiments: Sequence[Experiment], rows: NDArray[np.in
             rotation[at] = rotation_coordinates(experiment, s1, xyz[:, 2], z)
             axis = experiment.goniometer.lab_axis / np.linalg.norm(experiment.goniometer.lab_axis)
             along = (s1 + s0) @ axis / np.linalg.norm(s1 + s0, axis=1)
-            zeta = experiment_frame(experiment, s1).zeta
+            zeta = kabsch_frame(s0, s1, axis).e1 @ axis
             zeta = np.where(np.abs(zeta) < MIN_ZETA, np.copysign(MIN_ZETA, zeta), zeta)
             shear[at] = -two_sin_theta[at] * along / zeta
     return _Geometry(
@@ -166,6 +166,34 @@ def _geometry(store: Any, experiments: Sequence[Experiment], rows: NDArray[np.in
         d=torch.from_numpy(wavelength / np.maximum(two_sin_theta, 1e-6)),
         wavelength=torch.from_numpy(wavelength),
     )
+
+
+def rotation_edges(store: Any, experiments: Sequence[Experiment], rows: NDArray[np.int64]) -> tuple[Array, Array]:
+    """epsilon3 at the image boundaries of each box, [N, z + 1] rad ([N, 0] for stills), and resolution d [N], A."""
+    ids, s1 = np.asarray(store.metadata["id"][rows]), np.asarray(store.metadata["s1"][rows], float)
+    bbox, z_cal = store.metadata["bbox"][rows], np.asarray(store.metadata["xyzcal_px"][rows], float)[:, 2]
+    still = experiments[0].is_still if experiments else True
+    edges, d = np.empty((len(rows), 0 if still else store.box[0] + 1)), np.empty(len(rows))
+    for number in np.unique(ids):
+        at = np.flatnonzero(ids == number)
+        experiment = experiments[int(number)]
+        d[at] = 1 / np.maximum(np.linalg.norm(s1[at] - experiment.beam.s0, axis=1), 1e-6)
+        if not still:
+            edges[at] = rotation_coordinates(experiment, s1[at], z_cal[at], box_edges(bbox[at])[2])
+    return edges, d
+
+
+def images_in_scan(store: Any, experiments: Sequence[Experiment], rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which images of each box exist, [N, z] (all for stills)."""
+    ids, low = np.asarray(store.metadata["id"][rows]), np.asarray(store.metadata["bbox"][rows])[:, 4]
+    z = low[:, None] + np.arange(store.box[0])
+    inside = np.ones(z.shape, bool)
+    for number in np.unique(ids):
+        scan = experiments[int(number)].scan
+        if scan is not None and not experiments[int(number)].is_still:
+            at = ids == number
+            inside[at] = (z[at] >= scan.array_range[0]) & (z[at] < scan.array_range[1])
+    return inside
 
 
 def _sub_pixel_offsets() -> Tensor:
@@ -669,6 +697,22 @@ class ReferenceProfiles:
             profile[part] = share / total.clamp(min=1e-20)[:, None]
             coverage[part] = total.clamp(max=1.0)
         return profile, coverage
+
+    @torch.no_grad()
+    def partiality(self, rows: NDArray[np.int64], *, chunk: int = 8192) -> Tensor:
+        """Share of each modelled spot, along the rotation, on images of its box that exist, float32 [B]."""
+        rows = np.asarray(rows, np.int64)
+        result = torch.ones(len(rows))
+        sigma_of = (self.shape.mosaicity, self.shape.lattice)
+        for start in range(0, len(rows), chunk):
+            part = rows[start : start + chunk]
+            edges, d = rotation_edges(self.store, self.experiments, part)
+            if edges.shape[1]:
+                sigma = np.hypot(sigma_of[0], sigma_of[1] * d)
+                share = torch.special.ndtr(torch.from_numpy(edges / sigma[:, None])).diff(dim=1).abs()
+                recorded = torch.from_numpy(images_in_scan(self.store, self.experiments, part))
+                result[start : start + chunk] = torch.nan_to_num((share * recorded).sum(dim=1)).float()
+        return result
 
     def save(self, path: str | os.PathLike) -> None:
         """Write everything learned to an .npz file."""
