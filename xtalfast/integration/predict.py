@@ -148,8 +148,8 @@ def predict_hkl(experiment: Experiment, hkl: NDArray, *, padding: float = 0.0) -
             nearest = np.argmin(np.where(np.isnan(away), np.inf, np.abs(away)), axis=1)
             step = np.take_along_axis(away, nearest[:, None], axis=1)[:, 0]
             # A vector that the drift moves off the sphere has no solution (nan) and is dropped.
-            rows, phi, step = (values[~np.isnan(step)] for values in (rows, phi, step))
-            phi = phi + step
+            solved = ~np.isnan(step)
+            rows, phi, step = rows[solved], (phi + step)[solved], step[solved]
             if np.max(np.abs(step), initial=0.0) < _SCAN_VARYING_PRECISION:
                 break
     z = scan.z_from_phi(phi)

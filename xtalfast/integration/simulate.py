@@ -295,7 +295,7 @@ def _header(config: SimulationConfig, experiment: Experiment, image: int) -> Min
 
 def _write_tables(simulation: Simulation, result: SimulationResult) -> None:
     experiment = simulation.experiment
-    imageset = {"__id__": "ImageSequence", "template": str(result.images[0].with_name("sim_####.cbf"))}
+    imageset = {"__id__": "ImageSequence", "template": "images/sim_####.cbf"}
     write_expt(result.expt, [replace(experiment, imageset=imageset)])
     table = simulation.predictions.to_table(experiment.identifier)
     table["partiality"] = simulation.partiality()

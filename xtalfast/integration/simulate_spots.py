@@ -127,7 +127,7 @@ def voxel_shares(centre: Array, covariance: Array, stack: tuple[int, int, int], 
     nodes = np.clip(nodes, 2, _MAX_NODES).astype(np.int64)
     # Spots of like extent go together, since a group shares the largest box among its members.
     rows = np.flatnonzero(size.prod(axis=1) > 0)
-    rows = rows[np.lexsort((size[rows, 0], size[rows, 1], size[rows, 2]))]
+    rows = rows[np.lexsort((size[rows, 0], size[rows, 1], size[rows, 2], nodes[rows]))]
     found = [
         _group_shares(centre, covariance, low, high, group, n, stack, first) for group, n in _groups(rows, size, nodes)
     ]
@@ -139,18 +139,18 @@ def voxel_shares(centre: Array, covariance: Array, stack: tuple[int, int, int], 
 
 
 def _groups(rows: NDArray, size: NDArray, nodes: NDArray) -> list[tuple[NDArray, int]]:
-    """Rows in their order, cut into groups whose temporary arrays stay within `_WORK`; with the nodes of each group."""
+    """Rows in their order, cut into groups of one number of nodes whose temporary arrays stay within `_WORK`."""
     groups = []
     start = 0
     while start < len(rows):
-        stop = start + 1
-        largest, most = size[rows[start]], nodes[rows[start]]
-        while stop < len(rows):
-            box, order = np.maximum(largest, size[rows[stop]]), max(most, nodes[rows[stop]])
-            if (stop + 1 - start) * (box[2] + 1) * box[0] * box[1] * order**2 > _WORK:
+        stop, n = start + 1, nodes[rows[start]]
+        largest = size[rows[start]]
+        while stop < len(rows) and nodes[rows[stop]] == n:
+            box = np.maximum(largest, size[rows[stop]])
+            if (stop + 1 - start) * (box[2] + 1) * box[0] * box[1] * n**2 > _WORK:
                 break
-            largest, most, stop = box, order, stop + 1
-        groups.append((rows[start:stop], int(most)))
+            largest, stop = box, stop + 1
+        groups.append((rows[start:stop], int(n)))
         start = stop
     return groups
 
