@@ -113,7 +113,7 @@ def full_data(**changes) -> ReportData:
         "comparisons": [Comparison("truth", truth, truth + sigma * rng.standard_normal(500), sigma, is_truth=True)],
         "intensities": {"prf": (truth, sigma)},
         "pulls": {"thinned halves": rng.standard_normal(500)},
-        "outliers": [{"hkl": (1, 2, 3), "pull": 9.25}],
+        "outliers": [{"hkl": (1, 2, 3), "I": 123456.7, "pull": 9.25}],
     }
     return ReportData(**{**values, **changes})
 
@@ -169,7 +169,7 @@ def test_tables_hold_the_numbers_given():
             assert [format_value(shell, name, spec) for _, name, spec in SHELL_COLUMNS] in rows
     assert ["Overloaded", "12,345"] in rows
     assert ["extract", "1.2 s"] in rows
-    assert ["1 2 3", "9.25"] in rows
+    assert ["1 2 3", "123,457", "9.25"] in rows
     # Changed parameters come first; nothing stays a bare None.
     start = rows.index(["seed", "3"])
     assert rows[start + 1 : start + 3] == [["d_min", "–"], ["learning_rate", "0.001"]]

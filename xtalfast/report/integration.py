@@ -271,10 +271,13 @@ def _outliers(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 def _plain(value: Any) -> str:
     """A value in a table: few digits, a dash for nothing."""
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return "–"
     if isinstance(value, float | np.floating):
-        return f"{float(value):.4g}"
+        number = float(value)
+        if not math.isfinite(number):
+            return "–"
+        return f"{number:,.0f}" if 1e3 <= abs(number) < 1e9 else f"{number:.4g}"
+    if value is None:
+        return "–"
     if isinstance(value, tuple | list | np.ndarray):
         return " ".join(_plain(v) for v in value)
     return str(value)

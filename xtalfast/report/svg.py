@@ -19,7 +19,7 @@ from xtalfast.report.images import colored, data_uri
 # Okabe & Ito's colours that are legible on white, in the order in which series use them.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#aa4499", "#6b6b6b", "#b58900")
 _WIDTH, _HEIGHT = 460, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 12, 46
+_LEFT, _RIGHT, _TOP, _BOTTOM = 66, 14, 12, 46
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
