@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import zipfile
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xtalfast.errors import InputError
+from xtalfast.io import Flag, ReflectionTable
 
 Array = NDArray[np.float64]
 
@@ -101,3 +104,60 @@ def compare_with_truth(
         error_at_zero=float(i[zero].std(ddof=1) / np.sqrt(n_zero)) if n_zero > 1 else float("nan"),
         pulls=tuple(pulls),
     )
+
+
+def load_truth(path: str | os.PathLike, n_rows: int) -> dict[str, NDArray]:
+    """The truth table that `xtalfast simulate` wrote, row by row with its predicted.refl.
+
+    Raises:
+        InputError: no such file, no truth table, or one of another data set.
+    """
+    try:
+        with np.load(path) as archive:
+            truth = dict(archive)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(f"cannot read the truth table {path}: {error}") from error
+    if not {"photons", "fraction_recorded"} <= set(truth):
+        raise InputError(f"{path}: wanted the arrays photons and fraction_recorded, got {', '.join(sorted(truth))}")
+    if len(truth["photons"]) != n_rows:
+        raise InputError(f"{path} has {len(truth['photons'])} reflections, the table {n_rows}: not of one simulation")
+    return truth
+
+
+def compare_channels(table: ReflectionTable, path: str | os.PathLike) -> dict[str, TruthComparison]:
+    """Each intensity channel of a table against the true photons, for reflections that were fully recorded."""
+    truth = load_truth(path, len(table))
+    whole = truth["fraction_recorded"] > 0.99
+    found = {}
+    for channel, flag in (("prf", Flag.IntegratedPrf), ("sum", Flag.IntegratedSum), ("vi", Flag.IntegratedPrf)):
+        if f"intensity.{channel}.value" in table:
+            rows = whole & table.has_flags(Flag.Integrated) & table.has_flags(flag)
+            found[channel] = compare_with_truth(
+                table[f"intensity.{channel}.value"][rows],
+                table[f"intensity.{channel}.variance"][rows],
+                truth["photons"][rows],
+                scale=1.0,
+            )
+    return found
+
+
+def truth_table(table: ReflectionTable, path: str | os.PathLike) -> str:
+    """Aligned text: how far each channel is from the truth."""
+    names = {"prf": "profile fit", "sum": "summation", "vi": "posterior mean"}
+    lines = [
+        "against the true photons of fully recorded reflections",
+        f"{'':<15}{'n':>7}{'R':>8}{'CC':>9}{'log slope':>11}{'log CC':>9}{'pull sd, I/sigma < 2':>22}{'2-20':>8}{'mean I of I = 0':>20}",
+    ]
+    for channel, c in compare_channels(table, path).items():
+        weak = [b for b in c.pulls if b.high <= 2]
+        middle = [b for b in c.pulls if 2 <= b.low and b.high <= 20]
+
+        def pooled(bins: list[PullBin]) -> float:
+            n = sum(b.n for b in bins)
+            return float(np.sqrt(sum(b.n * b.sd**2 for b in bins) / n)) if n else float("nan")
+
+        lines.append(
+            f"{names[channel]:<15}{c.n:>7}{c.r:>8.4f}{c.cc:>9.5f}{c.log_slope:>11.4f}{c.log_correlation:>9.5f}"
+            f"{pooled(weak):>22.2f}{pooled(middle):>8.2f}{c.mean_at_zero:>12.2f} +- {c.error_at_zero:.2f}"
+        )
+    return "\n".join(lines)

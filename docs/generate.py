@@ -1,0 +1,52 @@
+"""Rewrite docs/cli.md, the help text of every verb. `--check` only says whether it is up to date."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+VERBS = (
+    (),
+    ("demo",),
+    ("integrate",),
+    ("simulate",),
+    ("extract",),
+    ("train", "integration"),
+    ("stats",),
+    ("doctor",),
+)
+TARGET = Path(__file__).parent / "cli.md"
+
+
+def help_text(verb: tuple[str, ...]) -> str:
+    """What `xtalfast VERB --help` prints on a terminal of 100 columns without colours."""
+    environment = os.environ | {"COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1", "TERM": "dumb"}
+    command = [sys.executable, "-m", "xtalfast.cli", *verb, "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    return "\n".join(line.rstrip() for line in result.stdout.strip().splitlines())
+
+
+def page() -> str:
+    """The whole page."""
+    parts = ["# Command line\n\nWritten by `make docs` from the program's own help; do not edit.\n"]
+    for verb in VERBS:
+        parts.append(f"## {' '.join(('xtalfast', *verb))}\n\n```\n{help_text(verb)}\n```\n")
+    return "\n".join(parts)
+
+
+def main() -> int:
+    """Write the page, or compare with it."""
+    text = page()
+    if "--check" in sys.argv:
+        if not TARGET.is_file() or TARGET.read_text() != text:
+            print(f"docs/{TARGET.name} is out of date: run `make docs`", file=sys.stderr)
+            return 1
+        return 0
+    TARGET.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

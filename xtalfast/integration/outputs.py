@@ -1,0 +1,217 @@
+"""Everything `integrate` writes: integrated.refl and .expt, unmerged.mtz, xtalfast.json, report.html."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import xtalfast
+from xtalfast.errors import InputError
+from xtalfast.integration.estimate import Estimates
+from xtalfast.integration.gaussian_rs import ReferenceProfiles
+from xtalfast.integration.model import NetworkProfiles
+from xtalfast.integration.shoeboxes import ShoeboxStore
+from xtalfast.io import ExperimentList, Flag, ReflectionTable, write_expt, write_refl, write_unmerged_mtz
+from xtalfast.io.files import write_text
+from xtalfast.metrics.merging import MergingStatistics, merging_statistics
+from xtalfast.metrics.observations import observations_from_table
+from xtalfast.models import Experiment
+from xtalfast.report.collect import report_data
+from xtalfast.report.integration import write_report
+
+logger = logging.getLogger("xtalfast")
+
+# Of an earlier integration or scaling of the same table; they would contradict what is written now.
+_STALE_PREFIXES = ("intensity.", "background.", "num_pixels.", "profile.", "summation_success", "inverse_scale_factor")
+_STALE_FLAGS = (
+    Flag.Integrated
+    | Flag.BadShoebox
+    | Flag.FailedDuringBackgroundModelling
+    | Flag.FailedDuringSummation
+    | Flag.FailedDuringProfileFitting
+    | Flag.BadForScaling
+    | Flag.Scaled
+)
+
+
+def fill_table(
+    table: ReflectionTable, store: ShoeboxStore, estimates: Estimates, *, publish: str = "likelihood"
+) -> ReflectionTable:
+    """The table of `integrated.refl`: all rows of `table` in their order, with the estimates of those in the store.
+
+    Args:
+        table: the input with its derived columns; not changed. Columns of an earlier integration, and shoeboxes, are
+            left out.
+        store: its metadata `row` says which rows the estimates belong to.
+        estimates: of the rows of the store.
+        publish: "likelihood", or "posterior" to have E_q[I], Var_q[I] of the network in intensity.prf.* as the paper did.
+    """
+    result = table.copy()
+    for name in list(result):
+        if name == "shoebox" or name.startswith(_STALE_PREFIXES):
+            del result[name]
+    rows = np.asarray(store.metadata["row"][:], np.int64)
+    for name, values in estimates.columns.items():
+        missing = -1 if name.endswith(".variance") else 0
+        column = result[name].copy() if name in result else np.full(len(result), missing, values.dtype)
+        column[rows] = values
+        result[name] = column
+    result["bbox"] = np.asarray(result["bbox"]).copy()
+    result["bbox"][rows] = store.metadata["bbox"][:]
+    flags = np.asarray(result["flags"]) & ~np.uint64(_STALE_FLAGS) | np.uint64(Flag.Predicted)
+    flags[rows] |= estimates.flags | np.asarray(store.metadata["flags"][:], np.uint64) & np.uint64(_STALE_FLAGS)
+    result["flags"] = flags
+    if publish == "posterior":
+        for part in ("value", "variance"):
+            result[f"intensity.prf.{part}"] = result[f"intensity.q.{part}"]
+    return result
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that can change a number."""
+    found = {"xtalfast": xtalfast.__version__, "python": platform.python_version()}
+    for package in ("torch", "numpy", "gemmi", "lightning", "triton"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def device_name(device: str) -> str:
+    """The processor or GPU behind a torch device."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def counts_of(table: ReflectionTable, store: ShoeboxStore) -> dict[str, int]:
+    """How many reflections came how far."""
+    flags = np.asarray(table["flags"])
+
+    def count(flag: Flag) -> int:
+        return int(((flags & np.uint64(flag)) != 0).sum())
+
+    return {
+        "reflections": len(table),
+        "shoeboxes": store.n,
+        "integrated_prf": count(Flag.IntegratedPrf),
+        "integrated_sum": count(Flag.IntegratedSum),
+        "not_integrated": int(((flags & np.uint64(Flag.Integrated)) == 0).sum()),
+        "overloaded": count(Flag.Overloaded),
+        "overlapped": count(Flag.OverlappedFg),
+        "foreground_includes_bad_pixels": count(Flag.ForegroundIncludesBadPixels),
+        "failed_during_profile_fitting": count(Flag.FailedDuringProfileFitting),
+    }
+
+
+def warnings_of(table: ReflectionTable, store: ShoeboxStore, estimates: Estimates) -> list[str]:
+    """What a careful user should be told, in plain words."""
+    found = []
+    counts, statistics = counts_of(table, store), store.statistics
+    few = statistics.get("n_small_box", 0)
+    if few:
+        found.append(
+            f"{few} of {store.n} boxes hold less than 95 % of the modelled spot: use a larger --box than {store.box}"
+        )
+    if counts["integrated_prf"] < 0.5 * store.n:
+        found.append(f"only {counts['integrated_prf']} of {store.n} reflections could be profile-fitted")
+    ratio = estimates.diagnostics.get("sum_over_prf_strong")
+    if ratio is not None and not 0.95 < ratio < 1.05:
+        found.append(f"strong reflections: summation is {ratio:.3f} times the profile-fitted intensity; check the profiles")
+    if counts["overloaded"]:
+        found.append(f"{counts['overloaded']} reflections have overloaded pixels, which were masked")
+    return found
+
+
+def write_outputs(
+    directory: Path,
+    table: ReflectionTable,
+    source: ReflectionTable,
+    experiments: ExperimentList,
+    store: ShoeboxStore,
+    profiles: ReferenceProfiles,
+    network: NetworkProfiles,
+    estimates: Estimates,
+    *,
+    parameters: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    config: Mapping[str, Any],
+    history: Sequence[Mapping[str, float]],
+    training: Mapping[str, Any],
+    seconds: dict[str, float],
+) -> tuple[list[Path], dict[str, Any]]:
+    """Write all output files; each appears whole or not at all.
+
+    Returns:
+        The files in the order of writing, and the content of xtalfast.json.
+    """
+    refl, expt, mtz = directory / "integrated.refl", directory / "integrated.expt", directory / "unmerged.mtz"
+    write_refl(refl, table)
+    write_expt(expt, experiments)
+    files = [refl, expt]
+    indexed = all(e.crystal is not None for e in experiments)
+    if indexed:
+        write_unmerged_mtz(mtz, table, experiments)
+        files.append(mtz)
+    else:
+        logger.warning("no unmerged.mtz: the models have no crystal")
+    warnings = warnings_of(table, store, estimates)
+    for warning in warnings:
+        logger.warning("%s", warning)
+    statistics = _statistics(table, experiments) if indexed else []
+    record: dict[str, Any] = {
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "device": device_name("cuda" if parameters["device"] == "cuda" else "cpu"),
+        "parameters": parameters,
+        "network": config,
+        "training": training,
+        "history": list(history),
+        "counts": counts_of(table, store),
+        "warnings": warnings,
+        "estimates": estimates.diagnostics,
+        "store": store.statistics,
+        "statistics": [s.to_json() for s in statistics],
+        "seconds": seconds,
+        "files": [f.name for f in files],
+    }
+    report, json_file = directory / "report.html", directory / "xtalfast.json"
+    files += [json_file, report]
+    data = report_data(
+        record, defaults, source, table, experiments, store, profiles, network, estimates, statistics, files
+    )
+    write_text(json_file, json.dumps(record, indent=1, default=_json_value) + "\n")
+    write_report(report, data)
+    return files, record
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    raise TypeError(f"cannot write {type(value).__name__} as JSON")
+
+
+def _statistics(table: ReflectionTable, experiments: Sequence[Experiment]) -> list[MergingStatistics]:
+    """Merging statistics of profile-fitted and summation intensities, where there are equivalents to compare."""
+    found = []
+    for channel in ("prf", "sum"):
+        try:
+            observations = observations_from_table(table, experiments, channel, source="integrated.refl")
+            found.append(merging_statistics(observations))
+        except InputError as error:
+            logger.warning("no merging statistics of intensity.%s: %s", channel, error)
+    return found
