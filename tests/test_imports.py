@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-EXTRAS = "msgpack h5py hdf5plugin fabio lightning tensorboard typer rich jinja2 plotly triton servalcat".split()
+EXTRAS = "msgpack h5py hdf5plugin fabio lightning tensorboard typer rich jinja2 triton servalcat".split()
 
 
 def run_python(code: str, **kwargs) -> subprocess.CompletedProcess:
