@@ -284,11 +284,13 @@ def add_derived_columns(
             panel = _guess_panels(experiment, hkl[rows], position[rows])
         check_panels(panel, experiment)
         new["panel"][rows] = panel
+        if experiment.crystal is not None:
+            new["d"][rows] = experiment.crystal.d(hkl[rows])
         finite = np.all(np.isfinite(position[rows]), axis=1)
         rows, panel = rows[finite], panel[finite]
         given = () if recompute else tuple(name for name in ("s1", "zeta", "bbox") if name in table)
         known = {name: np.asarray(table[name])[rows] for name in given}
-        for name, values in _derive(experiment, hkl[rows], position[rows], panel, known).items():
+        for name, values in _derive(experiment, position[rows], panel, known).items():
             new[name][rows] = values
     new["id"] = index.astype(np.int32)
     new["partial_id"] = np.arange(n, dtype=np.uint64)
@@ -305,14 +307,12 @@ def add_derived_columns(
     return table
 
 
-def _derive(
-    experiment: Experiment, hkl: NDArray, position: Array, panel: NDArray, known: dict[str, NDArray]
-) -> dict[str, NDArray]:
+def _derive(experiment: Experiment, position: Array, panel: NDArray, known: dict[str, NDArray]) -> dict[str, NDArray]:
     """The derived columns of one experiment's rows at finite positions [N, 3]; s1, zeta, bbox are used where known."""
     new: dict[str, NDArray] = {}
     beam, detector, scan = experiment.beam, experiment.detector, experiment.scan
-    xyz_mm = np.zeros((len(hkl), 3))
-    s1 = np.empty((len(hkl), 3))
+    xyz_mm = np.zeros((len(position), 3))
+    s1 = np.empty((len(position), 3))
     for p, model in enumerate(detector):
         on = np.flatnonzero(panel == p)
         xyz_mm[on, :2] = mm_at_px(model, position[on, :2])
@@ -322,10 +322,8 @@ def _derive(
     if scan is not None:
         xyz_mm[:, 2] = scan.phi_from_z(position[:, 2])
     new["s1"], new["xyzcal.mm"] = s1, xyz_mm
-    if experiment.crystal is not None:
-        new["d"] = experiment.crystal.d(hkl)
     axis = rotation_axis(experiment)
-    zeta = np.ones(len(hkl))
+    zeta = np.ones(len(position))
     if axis is not None:
         zeta = known.get("zeta", zeta_factor(beam.s0, s1, axis))
         new["zeta"] = zeta
@@ -338,5 +336,5 @@ def _derive(
         width = np.radians(abs(scan.oscillation[1]))
         new["partiality"] = partiality(box[:, 4], box[:, 5], position[:, 2], zeta, sigmas[1], width)
     else:
-        new["partiality"] = np.ones(len(hkl))
+        new["partiality"] = np.ones(len(position))
     return new
