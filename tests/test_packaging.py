@@ -37,7 +37,10 @@ def source(sdist, tmp_path_factory) -> Path:
 
 def build_wheel(source: Path, out: Path, cuda: str, **env: str) -> subprocess.CompletedProcess:
     return run(
-        *(sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", out, source), cwd=out, XTALFAST_CUDA=cuda, **env
+        *(sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", out, source),
+        cwd=out,
+        XTALFAST_CUDA=cuda,
+        **env,
     )
 
 

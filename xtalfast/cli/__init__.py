@@ -1,4 +1,4 @@
-"""The command line: one file per verb, each adds its options and calls the library. `xtalfast VERB --help` teaches it."""
+"""The command line: one file per verb, each adds its options and calls the library."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from xtalfast.errors import InputError, MissingExtraError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Exit status: 0 done, 2 bad input (one line on stderr), 130 interrupted; `--debug` shows the trace."""
+    """Run one command; `--debug` shows the trace of an error.
+
+    Returns:
+        Exit status: 0 done, 2 bad input (one line on stderr), 130 interrupted.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         try:

@@ -14,6 +14,7 @@ from xtalfast.errors import InputError
 app = typer.Typer(
     name="xtalfast",
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},

@@ -31,8 +31,8 @@ def demo(
     with logging_to(output / "xtalfast.log", quiet), ProgressBars(quiet) as progress:
         simulated = simulate(output / "data", SimulationConfig.demo(seed=seed), progress=progress)
         result = integrate(
-            simulated.experiments,
-            simulated.reflections,
+            simulated.expt,
+            simulated.refl,
             output / "integrated",
             IntegrateOptions(seed=seed, truth=simulated.truth),
             progress=progress,

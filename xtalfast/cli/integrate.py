@@ -9,7 +9,15 @@ from typing import Annotated
 
 import typer
 
-from xtalfast.cli.common import DebugOption, ImageDirOption, OutputOption, ProgressBars, QuietOption, SeedOption, logging_to
+from xtalfast.cli.common import (
+    DebugOption,
+    ImageDirOption,
+    OutputOption,
+    ProgressBars,
+    QuietOption,
+    SeedOption,
+    logging_to,
+)
 from xtalfast.errors import InputError
 
 
@@ -53,13 +61,15 @@ def integrate(
         str | None,
         typer.Option(
             metavar="softmax|mvn|lowrank|dials",
-            help="Spot shape: learned by the network, or `dials`: reference profiles from strong spots. [default: dials]",
+            help="Spot shape: the network's, or `dials`: reference profiles from strong spots. [preset: dials]",
         ),
     ] = None,
     weights: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Use this trained network (.ckpt) instead of training one.")
     ] = None,
-    box: Annotated[str | None, typer.Option(metavar="Z,Y,X", help="Shoebox, images and px. [3,21,21; stills 1,21,21]")] = None,
+    box: Annotated[
+        str | None, typer.Option(metavar="Z,Y,X", help="Shoebox, images and px. [3,21,21; stills 1,21,21]")
+    ] = None,
     publish: Annotated[
         str,
         typer.Option(
@@ -87,8 +97,8 @@ def integrate(
     `dials.scale integrated/integrated.refl integrated/integrated.expt`
 
     Writes into DIR: `integrated.refl` (rows in the order of the input), `integrated.expt`, `unmerged.mtz`,
-    `report.html`, `xtalfast.json` (every parameter, version and count) and `xtalfast.log`. Interrupted, the same command
-    goes on where it stopped. Without images, the `shoebox` column is used if there is one.
+    `report.html`, `xtalfast.json` (every parameter, version and count) and `xtalfast.log`. After an interruption the
+    same command goes on where it stopped. Without images, the `shoebox` column is used if there is one.
     """
     from xtalfast.integration.integrate import IntegrateOptions
     from xtalfast.integration.integrate import integrate as run

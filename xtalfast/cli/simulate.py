@@ -54,11 +54,15 @@ def simulate(
     d_min: Annotated[float | None, typer.Option(metavar="A", help="No reflection beyond this resolution.")] = None,
     images: Annotated[int | None, typer.Option(metavar="N", help="Number of images.")] = None,
     oscillation: Annotated[float | None, typer.Option(metavar="DEG", help="Rotation per image.")] = None,
-    photons: Annotated[float | None, typer.Option(metavar="N", help="Mean photons of a full reflection (dose).")] = None,
+    photons: Annotated[
+        float | None, typer.Option(metavar="N", help="Mean photons of a full reflection (dose).")
+    ] = None,
     background: Annotated[float | None, typer.Option(metavar="N", help="Mean photons per pixel and image.")] = None,
     ice: Annotated[float, typer.Option(metavar="N", help="Ice rings: photons per pixel at the strongest.")] = 0.0,
     zingers: Annotated[float, typer.Option(metavar="N", help="Zingers per image.")] = 0.0,
-    second_lattice: Annotated[float, typer.Option(metavar="X", help="Overlaps: relative weight of a second crystal.")] = 0.0,
+    second_lattice: Annotated[
+        float, typer.Option(metavar="X", help="Overlaps: relative weight of a second crystal.")
+    ] = 0.0,
     tiny: Annotated[bool, typer.Option("--tiny", help="Six small images, for a quick look.")] = False,
     settings: Annotated[
         list[str] | None,

@@ -18,7 +18,8 @@ def stats(
         Path | None, typer.Option("--expt", metavar="FILE", help="Models of a .refl (cell, symmetry).")
     ] = None,
     channel: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Intensities of a .refl: scale, prf, sum or vi. Default: best there is.")
+        str | None,
+        typer.Option(metavar="NAME", help="Intensities of a .refl: scale, prf, sum or vi. Default: best there is."),
     ] = None,
     bins: Annotated[int, typer.Option(metavar="N", help="Resolution shells.")] = 10,
     d_min: Annotated[float | None, typer.Option(metavar="A", help="Leave out what lies beyond.")] = None,

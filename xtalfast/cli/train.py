@@ -16,7 +16,9 @@ def integration(
     output: OutputOption,
     preset: Annotated[str, typer.Option(metavar="NAME", help="`default`, `paper` or a .toml file.")] = "default",
     encoder: Annotated[str | None, typer.Option(metavar="cnn|fc", help="Encoder. [preset]")] = None,
-    profile: Annotated[str | None, typer.Option(metavar="softmax|mvn|lowrank|dials", help="Spot shape. [preset]")] = None,
+    profile: Annotated[
+        str | None, typer.Option(metavar="softmax|mvn|lowrank|dials", help="Spot shape. [preset]")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(metavar="N", help="Passes over the reflections. [preset]")] = None,
     device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu or cuda[:N].")] = "auto",
     restart: Annotated[bool, typer.Option("--restart", help="Ignore the checkpoints of an interrupted run.")] = False,
@@ -28,7 +30,7 @@ def integration(
 
     Example: `xtalfast train integration crystal1 crystal2 -o run --encoder cnn --profile softmax`, then
     `xtalfast integrate new.expt new.refl -o DIR --weights run/best.ckpt`.
-    Under `torchrun --nproc-per-node N -m xtalfast.cli train integration ...` each process takes its part of every batch.
+    Under `torchrun --nproc-per-node N -m xtalfast.cli train ...` each process takes its part of every batch.
     """
     from xtalfast.integration.config import IntegrationConfig
     from xtalfast.integration.fit import train

@@ -212,10 +212,14 @@ def open_prepared(directory: str | os.PathLike) -> Prepared:
     """
     directory = Path(directory)
     if not (directory / RECORD).is_file() or not (directory / "profiles.npz").is_file():
-        raise InputError(f"{directory} holds no finished shoebox store: run `xtalfast extract ... -o {directory}` first")
+        raise InputError(
+            f"{directory} holds no finished shoebox store: run `xtalfast extract ... -o {directory}` first"
+        )
     experiments = read_expt(directory / "models.expt")
     store = ShoeboxStore.open(directory / "shoeboxes")
-    return Prepared(directory, experiments, store, ReferenceProfiles.load(directory / "profiles.npz", store, experiments))
+    return Prepared(
+        directory, experiments, store, ReferenceProfiles.load(directory / "profiles.npz", store, experiments)
+    )
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import json
 import logging
 import platform
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def fill_table(
             left out.
         store: its metadata `row` says which rows the estimates belong to.
         estimates: of the rows of the store.
-        publish: "likelihood", or "posterior" to have E_q[I], Var_q[I] of the network in intensity.prf.* as the paper did.
+        publish: "likelihood", or "posterior" to have the network's E_q[I], Var_q[I] in intensity.prf.*, as the paper.
     """
     result = table.copy()
     for name in list(result):
@@ -127,7 +127,9 @@ def warnings_of(table: ReflectionTable, store: ShoeboxStore, estimates: Estimate
         found.append(f"only {counts['integrated_prf']} of {store.n} reflections could be profile-fitted")
     ratio = estimates.diagnostics.get("sum_over_prf_strong")
     if ratio is not None and not 0.95 < ratio < 1.05:
-        found.append(f"strong reflections: summation is {ratio:.3f} times the profile-fitted intensity; check the profiles")
+        found.append(
+            f"strong reflections: summation is {ratio:.3f} times the profile-fitted intensity; check the profiles"
+        )
     if counts["overloaded"]:
         found.append(f"{counts['overloaded']} reflections have overloaded pixels, which were masked")
     return found
@@ -170,7 +172,7 @@ def write_outputs(
         logger.warning("%s", warning)
     statistics = _statistics(table, experiments) if indexed else []
     record: dict[str, Any] = {
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "device": device_name("cuda" if parameters["device"] == "cuda" else "cpu"),
         "parameters": parameters,

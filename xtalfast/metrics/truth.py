@@ -146,7 +146,8 @@ def truth_table(table: ReflectionTable, path: str | os.PathLike) -> str:
     names = {"prf": "profile fit", "sum": "summation", "vi": "posterior mean"}
     lines = [
         "against the true photons of fully recorded reflections",
-        f"{'':<15}{'n':>7}{'R':>8}{'CC':>9}{'log slope':>11}{'log CC':>9}{'pull sd, I/sigma < 2':>22}{'2-20':>8}{'mean I of I = 0':>20}",
+        f"{'':<15}{'n':>7}{'R':>8}{'CC':>9}{'log slope':>11}{'log CC':>9}"
+        f"{'pull sd, I/sigma < 2':>22}{'2-20':>8}{'mean I of I = 0':>20}",
     ]
     for channel, c in compare_channels(table, path).items():
         weak = [b for b in c.pulls if b.high <= 2]

@@ -92,7 +92,9 @@ def report_data(
         files=[f.name for f in files],
         warnings=list(record["warnings"]),
         flags={str(flag.name): int(table.has_flags(flag).sum()) for flag in _SHOWN_FLAGS},
-        history={name: [row[name] for row in history] for name in ("epoch", "train_loss", "val_loss")} if history else {},
+        history={name: [row[name] for row in history] for name in ("epoch", "train_loss", "val_loss")}
+        if history
+        else {},
         statistics=statistics,
         profiles=grid,
         shoeboxes=shoeboxes,
@@ -103,7 +105,7 @@ def report_data(
 
 
 def _misfit(columns: Mapping[str, NDArray], fitted: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """How far profile fit and summation disagree, in their sigmas: large where the profile is wrong for a reflection."""
+    """How far profile fit and summation disagree, in sigmas: large where the profile is wrong."""
     partiality = columns.get("partiality", np.ones(len(fitted)))
     scatter = np.sqrt(np.maximum(columns["intensity.sum.variance"], 1.0))
     difference = np.abs(columns["intensity.sum.value"] - partiality * columns["intensity.prf.value"]) / scatter
