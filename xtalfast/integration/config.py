@@ -71,6 +71,7 @@ class TrainConfig:
     warmup: float = 0.05  # fraction of all steps
     weight_decay: float = 0.0
     clip_norm: float | None = None
+    thin: bool = False  # encoder sees a random half of the photons, the spot shape is scored on the other
     held_out: float = 0.1  # fraction of the reflections never trained on
     max_validation: int = 8192  # held-out reflections scored at each validation
     checkpoint_every: int = 2000  # steps; also at the end of every epoch

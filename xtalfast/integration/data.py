@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xtalfast.errors import InputError
+from xtalfast.integration.splits import mixed_keys, thin_photons
 
 VALID, OVERLAPPED = 1, 32  # DIALS mask bits
 _BLOCK = 1024  # rows read from one place of a store
@@ -51,6 +52,7 @@ class ShoeboxBatch:
         bbox: x0, x1, y0, y1, z0, z1, end excluded [B, 6] int32.
         box: z, y, x size.
         profile: given spot shape [B, P] float32, for the profile model "dials".
+        seen: a random half of the photons [B, P], shown to the encoder in training; None: it sees them all.
     """
 
     counts: Tensor
@@ -59,6 +61,7 @@ class ShoeboxBatch:
     bbox: Tensor
     box: tuple[int, int, int]
     profile: Tensor | None = None
+    seen: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -78,9 +81,8 @@ class ShoeboxBatch:
 
     def to(self, device: torch.device | str) -> ShoeboxBatch:
         """The same batch on `device`."""
-        profile = None if self.profile is None else self.profile.to(device)
-        counts, mask, xyzcal_px, bbox = (t.to(device) for t in (self.counts, self.mask, self.xyzcal_px, self.bbox))
-        return ShoeboxBatch(counts, mask, xyzcal_px, bbox, self.box, profile)
+        moved: dict[str, Any] = {name: v.to(device) for name, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
 def read_batch(store: ShoeboxSource, rows: NDArray[np.int64], profiles: ProfileSource | None = None) -> ShoeboxBatch:
@@ -99,18 +101,13 @@ def join_batches(batches: Sequence[ShoeboxBatch]) -> ShoeboxBatch:
     """Batches of the same box one after the other; counts of different types become int32."""
     if len(batches) == 1:
         return batches[0]
-    counts = [b.counts for b in batches]
-    if len({c.dtype for c in counts}) > 1:
-        counts = [c.to(torch.int32) for c in counts]
-    profiles = [b.profile for b in batches if b.profile is not None]
-    return ShoeboxBatch(
-        counts=torch.cat(counts),
-        mask=torch.cat([b.mask for b in batches]),
-        xyzcal_px=torch.cat([b.xyzcal_px for b in batches]),
-        bbox=torch.cat([b.bbox for b in batches]),
-        box=batches[0].box,
-        profile=torch.cat(profiles) if profiles else None,
-    )
+    wide = len({b.counts.dtype for b in batches}) > 1
+    names = [name for name, value in vars(batches[0]).items() if isinstance(value, Tensor)]
+    joined: dict[str, Any] = {
+        name: torch.cat([getattr(b, name) for b in batches]) for name in names if name != "counts"
+    }
+    counts = torch.cat([b.counts.to(torch.int32) if wide else b.counts for b in batches])
+    return replace(batches[0], counts=counts, **joined)
 
 
 def common_box(stores: Sequence[ShoeboxSource]) -> tuple[int, int, int]:
@@ -133,27 +130,6 @@ def _box(sizes: Sequence[int]) -> tuple[int, int, int]:
     return int(z), int(y), int(x)
 
 
-def held_out(stores: Sequence[ShoeboxSource], fraction: float, seed: int) -> NDArray[np.bool_]:
-    """Which reflections are kept from training, by a hash of seed, store number and row of the .refl: [all rows] bool.
-
-    The choice does not depend on the order, on other reflections or on the number of processes.
-    """
-    with np.errstate(over="ignore"):
-        parts = []
-        for number, store in enumerate(stores):
-            row = np.asarray(store.metadata["row"]).astype(np.uint64)
-            parts.append(_splitmix64(row + _splitmix64(np.uint64(number) + _splitmix64(np.uint64(seed)))))
-    return np.concatenate(parts) < np.uint64(min(int(fraction * 2**64), 2**64 - 1))
-
-
-def _splitmix64(x: Any) -> Any:
-    """The 64-bit mixer of Steele, Lea & Flood (2014): neighbouring numbers become unrelated ones."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
 class ShoeboxLoader:
     """Batches of one or several stores in an order that follows from (seed, step) alone.
 
@@ -168,6 +144,7 @@ class ShoeboxLoader:
         rank: this process.
         world: number of processes.
         profiles: spot shapes, one source a store.
+        thin: give the encoder half of the photons, another half in each epoch.
         ahead: batches read ahead of the one in use.
     """
 
@@ -181,6 +158,7 @@ class ShoeboxLoader:
         rank: int = 0,
         world: int = 1,
         profiles: Sequence[ProfileSource] | None = None,
+        thin: bool = False,
         ahead: int = 4,
     ) -> None:
         self.stores = stores
@@ -188,6 +166,7 @@ class ShoeboxLoader:
         self.batch = min(batch, len(self.rows))
         self.seed, self.rank, self.world, self.ahead = seed, rank, world, ahead
         self.profiles = profiles
+        self.thin = thin
         self._first = np.concatenate([[0], np.cumsum([store.n for store in stores])])
         self._order: tuple[int, NDArray[np.int64]] | None = None
         if self.batch < world:
@@ -214,29 +193,33 @@ class ShoeboxLoader:
         rows = np.sort(self.order(epoch)[i * self.batch : (i + 1) * self.batch])
         return np.array_split(rows, self.world)[self.rank]
 
-    def read(self, rows: NDArray[np.int64]) -> ShoeboxBatch:
-        """Ascending rows, numbered through all stores, as one batch."""
+    def read(self, rows: NDArray[np.int64], epoch: int = 0) -> ShoeboxBatch:
+        """Ascending rows, numbered through all stores, as one batch; the photons split as in that epoch."""
         parts = []
         for s in np.unique(np.searchsorted(self._first, rows, side="right") - 1):
             begin, end = np.searchsorted(rows, self._first[s : s + 2])
             source = None if self.profiles is None else self.profiles[s]
             parts.append(read_batch(self.stores[s], rows[begin:end] - self._first[s], source))
-        return join_batches(parts)
+        batch = join_batches(parts)
+        if self.thin:
+            keys = mixed_keys(self.seed, epoch, rows.astype(np.uint64))
+            batch.seen = torch.from_numpy(thin_photons(batch.counts.numpy(), keys))
+        return batch
 
     def steps(self, first: int, last: int) -> Iterator[ShoeboxBatch]:
         """The batches of steps first ... last - 1."""
-        return self._ahead(self.step_rows(step) for step in range(first, last))
+        return self._ahead((self.step_rows(step), 1 + step // self.steps_per_epoch) for step in range(first, last))
 
     def chunks(self, rows: NDArray[np.int64]) -> Iterator[ShoeboxBatch]:
         """Given ascending rows in order, `batch` at a time."""
-        return self._ahead(rows[i : i + self.batch] for i in range(0, len(rows), self.batch))
+        return self._ahead((rows[i : i + self.batch], 0) for i in range(0, len(rows), self.batch))
 
-    def _ahead(self, parts: Iterator[NDArray[np.int64]]) -> Iterator[ShoeboxBatch]:
+    def _ahead(self, parts: Iterator[tuple[NDArray[np.int64], int]]) -> Iterator[ShoeboxBatch]:
         with ThreadPoolExecutor(1, thread_name_prefix="shoeboxes") as reader:
-            waiting = deque(reader.submit(self.read, rows) for rows in islice(parts, self.ahead))
+            waiting = deque(reader.submit(self.read, *part) for part in islice(parts, self.ahead))
             while waiting:
                 ready = waiting.popleft()
-                waiting.extend(reader.submit(self.read, rows) for rows in islice(parts, 1))
+                waiting.extend(reader.submit(self.read, *part) for part in islice(parts, 1))
                 yield ready.result()
 
 

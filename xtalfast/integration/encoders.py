@@ -21,13 +21,18 @@ _FINE = 4.0  # px: distances to the centroid are given in units of this
 
 
 class InputTransform(nn.Module):
-    """Counts -> network input: "none" leaves them, "anscombe" is 2 sqrt(y + 3/8), standardised."""
+    """Counts -> network input: "none" leaves them, "anscombe" is 2 sqrt(y + 3/8), standardised.
+
+    Args:
+        kind: "none" or "anscombe".
+        exposure: fraction of the photons shown in training; all counts are scaled by it when all are shown.
+    """
 
     moments: Tensor
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, exposure: float = 1.0) -> None:
         super().__init__()
-        self.kind = kind
+        self.kind, self.exposure = kind, exposure
         self.register_buffer("moments", torch.tensor([0.0, 1.0]))
 
     def set_statistics(self, statistics: DataStatistics) -> None:
@@ -38,7 +43,7 @@ class InputTransform(nn.Module):
 
     def forward(self, batch: ShoeboxBatch) -> Tensor:
         """[B, P] float32, 0 at masked voxels."""
-        y = batch.counts.to(torch.float32)
+        y = batch.counts.to(torch.float32) * self.exposure if batch.seen is None else batch.seen.to(torch.float32)
         if self.kind == "anscombe":
             y = 2 * torch.sqrt(y + 0.375)
         return ((y - self.moments[0]) / self.moments[1]) * batch.used
@@ -53,9 +58,9 @@ class VoxelFeatures(nn.Module):
 
     position: Tensor
 
-    def __init__(self, transform: str) -> None:
+    def __init__(self, transform: str, exposure: float = 1.0) -> None:
         super().__init__()
-        self.transform = InputTransform(transform)
+        self.transform = InputTransform(transform, exposure)
         self.register_buffer("position", torch.tensor([[0.0] * 3, [1000.0] * 3]))
 
     def set_statistics(self, statistics: DataStatistics) -> None:
@@ -87,11 +92,12 @@ class FCEncoder(nn.Module):
     Args:
         config: latent, hidden, blocks, transform, position.
         box: z, y, x size of the shoeboxes.
+        exposure: fraction of the photons that the encoder sees in training.
     """
 
-    def __init__(self, config: EncoderConfig, box: tuple[int, int, int]) -> None:
+    def __init__(self, config: EncoderConfig, box: tuple[int, int, int], exposure: float = 1.0) -> None:
         super().__init__()
-        self.features = VoxelFeatures(config.transform)
+        self.features = VoxelFeatures(config.transform, exposure)
         self.position = config.position
         n_pixels = box[0] * box[1] * box[2]
         self.stem = nn.Linear(7 * n_pixels, config.hidden)
@@ -120,11 +126,12 @@ class CNNEncoder(nn.Module):
     Args:
         config: latent, channels, widths, blocks, transform, position.
         box: z, y, x size of the shoeboxes.
+        exposure: fraction of the photons that the encoder sees in training.
     """
 
-    def __init__(self, config: EncoderConfig, box: tuple[int, int, int]) -> None:
+    def __init__(self, config: EncoderConfig, box: tuple[int, int, int], exposure: float = 1.0) -> None:
         super().__init__()
-        self.features = VoxelFeatures(config.transform)
+        self.features = VoxelFeatures(config.transform, exposure)
         self.channels, self.position = config.channels, config.position
         n_channels = sum(box[0] if name in ("counts", "mask") else 1 for name in config.channels)
         width, *widths = config.widths
@@ -198,6 +205,6 @@ class _ConvBlock(nn.Module):
         return shortcut + self.layers(start)
 
 
-def make_encoder(config: EncoderConfig, box: tuple[int, int, int]) -> FCEncoder | CNNEncoder:
+def make_encoder(config: EncoderConfig, box: tuple[int, int, int], exposure: float = 1.0) -> FCEncoder | CNNEncoder:
     """The encoder of that name."""
-    return FCEncoder(config, box) if config.kind == "fc" else CNNEncoder(config, box)
+    return (FCEncoder if config.kind == "fc" else CNNEncoder)(config, box, exposure)

@@ -56,7 +56,7 @@ def evaluate(
     """
     if len(rows) < 2:
         raise InputError(f"scoring needs at least two reflections, got {len(rows)}")
-    loader = ShoeboxLoader(stores, rows, batch, profiles=reference_profiles)
+    loader = ShoeboxLoader(stores, rows, batch, seed=seed, profiles=reference_profiles, thin=True)
     generator = torch.Generator().manual_seed(seed)
     device = model.mean_profile.device
     sums: dict[str, dict[str, float]] = {"log_likelihood": {}, "thinned": {}}
@@ -64,13 +64,16 @@ def evaluate(
     elbo = 0.0
     with torch.no_grad():
         for shoeboxes in loader.chunks(loader.rows):
-            counts = shoeboxes.counts.to(torch.float32)
-            first = torch.binomial(counts, torch.full_like(counts, 0.5), generator=generator)
+            assert shoeboxes.seen is not None
+            whole = replace(shoeboxes, seen=None)
+            counts, half = shoeboxes.counts.to(torch.float32), shoeboxes.seen.to(torch.float32)
             order = torch.randperm(len(counts), generator=generator).roll(1)
-            elbo -= float(model.losses(shoeboxes.to(device), seed=seed).double().sum())
-            for name, seen, scored in (("log_likelihood", counts, counts), ("thinned", first, counts - first)):
-                input_ = replace(shoeboxes, counts=seen)
-                shapes = materialise(model(input_.to(device)).profile).cpu()
+            elbo -= float(model.losses(whole.to(device), seed=seed).double().sum())
+            for name, shown, seen, scored in (
+                ("log_likelihood", whole, counts, counts),
+                ("thinned", shoeboxes, half, counts - half),
+            ):
+                shapes = materialise(model(shown.to(device)).profile).cpu()
                 used = shoeboxes.used
                 mean = model.mean_profile.cpu().expand_as(shapes)
                 rates = {

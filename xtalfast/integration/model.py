@@ -94,7 +94,7 @@ class IntegrationModel(nn.Module):
         super().__init__()
         self.config = config
         latent = config.encoder.latent
-        self.encoder = make_encoder(config.encoder, config.box)
+        self.encoder = make_encoder(config.encoder, config.box, 0.5 if config.train.thin else 1.0)
         self.profile = make_profile_head(config.profile, latent, config.box)
         self.intensity, self.background = GammaHead(latent + 2), GammaHead(latent + 2)
         self.loss = PoissonGammaELBO(config.loss)
@@ -122,8 +122,8 @@ class IntegrationModel(nn.Module):
         takes the amplitude out of the encoder.
         """
         latent = self.encoder(batch)
-        reference = self.mean_profile if batch.profile is None else batch.profile
-        log_i, log_cv_i, log_bg, log_cv_bg = moments_start(batch, reference)
+        profile = self.profile(latent, batch)
+        log_i, log_cv_i, log_bg, log_cv_bg = moments_start(batch, materialise(profile).detach())
         amplitude = torch.stack([log_i, log_bg], 1) - self.log_scale
         features = torch.cat([latent, amplitude], 1)
         if self.config.posterior.start == "constant":
@@ -132,12 +132,26 @@ class IntegrationModel(nn.Module):
         return Posterior(
             q_i=self.intensity(features, log_i, log_cv_i),
             q_bg=self.background(features, log_bg, log_cv_bg),
-            profile=self.profile(latent, batch),
+            profile=profile,
         )
 
     def losses(self, batch: ShoeboxBatch, seed: int | None = None) -> Tensor:
-        """Loss of each shoebox [B], in nats."""
-        return self.loss(batch.counts, batch.mask, self(batch), seed)
+        """Loss of each shoebox [B], in nats.
+
+        Equation 4, and when the encoder has seen only half of the photons (`batch.seen`), what the spot shape gains by
+        copying their noise is taken off: sum (seen - unseen) log rate at the mean of q, which is 0 on average for a
+        shape that copies nothing. In value and gradient the shape is then scored on the photons it has not seen.
+        Without this an encoder learns to copy, and finds intensity in empty boxes.
+        """
+        posterior = self(batch)
+        losses = self.loss(batch.counts, batch.mask, posterior, seed)
+        if batch.seen is None:
+            return losses
+        (shape_i, rate_i), (shape_bg, rate_bg) = posterior.q_i, posterior.q_bg
+        mean_i, mean_bg = (shape_i / rate_i).detach(), (shape_bg / rate_bg).detach()
+        rate = mean_i[:, None] * materialise(posterior.profile).float() + mean_bg[:, None]
+        surplus = (2 * batch.seen.to(torch.float32) - batch.counts.to(torch.float32)) * batch.used
+        return losses + (surplus * rate.log()).sum(1)
 
 
 class NetworkProfiles:

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from xtalfast.errors import InputError, MissingExtraError
 from xtalfast.integration.checkpoint import FORMAT, Run, save_checkpoint
 from xtalfast.integration.config import IntegrationConfig, TrainConfig
-from xtalfast.integration.data import ProfileSource, ShoeboxLoader, ShoeboxSource, held_out
+from xtalfast.integration.data import ProfileSource, ShoeboxLoader, ShoeboxSource
 from xtalfast.integration.model import IntegrationModel
+from xtalfast.integration.splits import held_out
 from xtalfast.integration.statistics import DataStatistics
 from xtalfast.io.files import write_text
 
@@ -58,7 +59,7 @@ class TrainingData:
             raise InputError(f"none of {len(kept)} reflections can be trained on: held out or outside the images")
         loader = ShoeboxLoader(
             stores, rows, config.train.batch, seed=seed, rank=fabric.global_rank, world=fabric.world_size,
-            profiles=profiles,
+            profiles=profiles, thin=config.train.thin and config.profile.kind != "dials",
         )  # fmt: skip
         validation = _spread(aside, config.train.max_validation)[fabric.global_rank :: fabric.world_size]
         digest = zlib.crc32(np.packbits(kept).tobytes())
