@@ -1,7 +1,7 @@
 """Simulated rotation data with known truth: images, models, predictions and what every reflection really was.
 
 The intensities that go in obey the corrections that come out again: a reflection deposits photons ~ F^2 / lp (lp being
-the Lorentz and polarisation factor that dials.scale multiplies with) times a smooth scale factor of its place in the
+the Lorentz and polarization factor that dials.scale multiplies with) times a smooth scale factor of its place in the
 scan, so that scaled and merged intensities are proportional to F^2. The expected photons of every voxel are computed,
 then drawn from the Poisson distribution with a seed per image: the same configuration gives the same bytes.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,14 +22,15 @@ from numpy.typing import ArrayLike, NDArray
 
 from xtalfast.errors import InputError
 from xtalfast.integration.columns import lorentz_polarization, zeta_factor
-from xtalfast.integration.predict import Predictions, crystal_model, predict, rotation_models
-from xtalfast.integration.simulate_background import add_zingers, expected_background, module_gaps
+from xtalfast.integration.predict import Predictions, predict, rotation_models
+from xtalfast.integration.simulate_background import add_zingers, expected_background
 from xtalfast.integration.simulate_config import SimulationConfig
 from xtalfast.integration.simulate_crystal import TrueIntensities, structure_intensities, wilson_intensities
-from xtalfast.integration.simulate_spots import profile_block, spot_covariances, voxel_shares
+from xtalfast.integration.simulate_models import lattices, true_models
+from xtalfast.integration.simulate_spots import REACH, profile_block, spot_covariances, voxel_shares
 from xtalfast.io import MiniCbfHeader, write_cbf, write_expt, write_refl
 from xtalfast.io.files import replacing
-from xtalfast.models import Array, Beam, Crystal, Detector, Experiment, Goniometer, Panel, Scan, rotation_matrix
+from xtalfast.models import Array, Experiment
 
 __all__ = ["Simulation", "SimulationConfig", "SimulationResult", "simulate"]
 
@@ -78,7 +78,7 @@ class Simulation:
     def __init__(self, config: SimulationConfig) -> None:
         self.config = config
         self.intensities = _true_intensities(config)
-        self.experiment = _experiment(config, self.intensities)
+        self.experiment = true_models(config, self.intensities)
         goniometer, self._scan = rotation_models(self.experiment)
         self._axis = goniometer.lab_axis
         panel = self.experiment.detector[0]
@@ -104,7 +104,7 @@ class Simulation:
 
     def _make_spots(self) -> _Spots:
         config, parts, photons = self.config, [], []
-        for fraction, experiment in _lattices(self.experiment, config):
+        for fraction, experiment in lattices(self.experiment, config):
             spots = self._reaching_spots(experiment)
             intensity, _ = self.intensities.of(spots.hkl)
             lp = lorentz_polarization(experiment.beam, spots.s1, self._axis)
@@ -126,7 +126,7 @@ class Simulation:
         spots = predict(experiment, self.config.d_min, padding=_NEIGHBOURS_DEG / self.config.oscillation_deg)
         zeta = zeta_factor(experiment.beam.s0, spots.s1, self._axis)
         spots = spots.select(np.abs(zeta) >= _MIN_ZETA)
-        reach = 5 * np.sqrt(spot_covariances(experiment, spots, self.config)[:, 2, 2])
+        reach = REACH * np.sqrt(spot_covariances(experiment, spots, self.config)[:, 2, 2])
         first, last = self._scan.array_range
         z = spots.xyz_px[:, 2]
         return spots.select((z + reach > first) & (z - reach < last))
@@ -229,52 +229,6 @@ def _true_intensities(config: SimulationConfig) -> TrueIntensities:
         cell, group = gemmi.UnitCell(*config.cell), gemmi.SpaceGroup(config.space_group)
         truth = wilson_intensities(cell, group, config.d_min, config.wilson_b_a2, config.anomalous_ratio, rng)
     return truth.with_zeros(config.zero_fraction, rng)
-
-
-def _orientation(config: SimulationConfig) -> Array:
-    """Rotation matrix [3, 3] of the crystal at phi = 0: as given, or uniform over all rotations."""
-    if config.orientation_deg is not None:
-        turns = [rotation_matrix(axis, np.radians(a)) for axis, a in zip(np.eye(3), config.orientation_deg)]
-        return turns[2] @ turns[1] @ turns[0]
-    quaternion = np.random.default_rng([config.seed, 3]).standard_normal(4)
-    return rotation_matrix(quaternion[1:], 2 * np.arccos(quaternion[0] / np.linalg.norm(quaternion)))
-
-
-def _experiment(config: SimulationConfig, intensities: TrueIntensities) -> Experiment:
-    """The true models, in the frame that DIALS gives a PILATUS image: beam along -z, rotation axis x, y up."""
-    width, height = config.image_size_px
-    pixel = config.pixel_size_mm
-    centre = config.beam_centre_px or (0.5 * width + 3.3, 0.5 * height - 2.7)
-    panel = Panel(
-        origin=np.array([-centre[0] * pixel, centre[1] * pixel, -config.distance_mm]),
-        fast=np.array([1.0, 0.0, 0.0]),
-        slow=np.array([0.0, -1.0, 0.0]),
-        pixel_size=(pixel, pixel),
-        image_size=config.image_size_px,
-        trusted_range=(-1.0, float(config.trusted_max)),
-        mask=module_gaps(config),
-    )
-    b_matrix = np.array(intensities.cell.frac.mat.tolist()).T
-    return Experiment(
-        beam=Beam(np.array([0.0, 0.0, 1.0]), config.wavelength_a, polarization_fraction=config.polarization_fraction),
-        detector=Detector([panel]),
-        goniometer=Goniometer(np.array([1.0, 0.0, 0.0])),
-        scan=Scan((1, config.n_images), (config.start_deg, config.oscillation_deg), exposure_time=0.1),
-        crystal=Crystal(_orientation(config) @ b_matrix, intensities.space_group.hall),
-        identifier=str(uuid.uuid5(uuid.NAMESPACE_OID, repr(config))),
-    )
-
-
-def _lattices(experiment: Experiment, config: SimulationConfig) -> Iterator[tuple[float, Experiment]]:
-    """Relative intensity and models of the crystal, and of a second one turned a little when there is one."""
-    yield 1.0, experiment
-    if config.second_lattice_fraction > 0:
-        crystal = crystal_model(experiment)
-        turn = rotation_matrix(np.array([1.0, 1.0, 1.0]), np.radians(config.second_lattice_angle_deg))
-        yield (
-            config.second_lattice_fraction,
-            replace(experiment, crystal=Crystal(turn @ crystal.A, crystal.hall_symbol)),
-        )
 
 
 def _header(config: SimulationConfig, experiment: Experiment, image: int) -> MiniCbfHeader:

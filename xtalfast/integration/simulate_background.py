@@ -21,6 +21,7 @@ _ICE_RINGS = (
     (1.916, 0.0026, 0.35),
 )
 _AIR_SCATTER_LENGTH = 0.25  # 1/A: fall of the air scatter along 1/d
+_BAND = 128  # rows
 _TILT = 0.1  # relative change of the background from the left to the right edge
 
 
@@ -29,8 +30,21 @@ def _rings(s: Array, rings: tuple[tuple[float, float, float], ...]) -> Array:
 
 
 def expected_background(beam: Beam, panel: Panel, config: SimulationConfig) -> Array:
-    """Mean background photons per pixel and image, [slow, fast]; its mean over the panel is `background_photons`."""
-    y, x = np.indices(panel.image_size[::-1]) + 0.5
+    """Mean background photons per pixel and image, [slow, fast].
+
+    Its mean over the panel, ice rings aside, is `background_photons`.
+    """
+    width, height = panel.image_size
+    smooth, ice = np.empty((height, width)), np.empty((height, width))
+    for top in range(0, height, _BAND):  # in bands, since the rays of a large detector take gigabytes
+        rows = slice(top, min(top + _BAND, height))
+        smooth[rows], ice[rows] = _scatter(beam, panel, config, np.arange(rows.start, rows.stop))
+    return config.background_photons * smooth / smooth.mean() + config.ice_ring_photons * ice
+
+
+def _scatter(beam: Beam, panel: Panel, config: SimulationConfig, rows: NDArray) -> tuple[Array, Array]:
+    """Air and water scatter, and ice rings, on some rows of the panel; both on scales of their own."""
+    x, y = np.meshgrid(np.arange(panel.image_size[0]) + 0.5, rows + 0.5)
     ray = panel.lab_from_px(np.stack([x, y], axis=-1))
     distance = np.linalg.norm(ray, axis=-1)
     out = ray / distance[..., None]
@@ -39,11 +53,10 @@ def expected_background(beam: Beam, panel: Panel, config: SimulationConfig) -> A
     s = np.sqrt(np.maximum(2 - 2 * cos_2theta, 0)) / beam.wavelength
     normal = beam.polarization_normal / np.linalg.norm(beam.polarization_normal)
     p = beam.polarization_fraction
-    polarisation = (1 - 2 * p) * (1 - (out @ normal) ** 2) + p * (1 + cos_2theta**2)
+    polarization = (1 - 2 * p) * (1 - (out @ normal) ** 2) + p * (1 + cos_2theta**2)
     solid_angle = (np.abs(panel.origin @ panel.normal) / distance) ** 3
     smooth = np.exp(-s / _AIR_SCATTER_LENGTH) + 0.5 * config.water_ring * _rings(s, _WATER_RINGS)
-    smooth *= polarisation * solid_angle * (1 + _TILT * (x / panel.image_size[0] - 0.5))
-    return config.background_photons * smooth / smooth.mean() + config.ice_ring_photons * _rings(s, _ICE_RINGS)
+    return smooth * polarization * solid_angle * (1 + _TILT * (x / panel.image_size[0] - 0.5)), _rings(s, _ICE_RINGS)
 
 
 def module_gaps(config: SimulationConfig) -> list[tuple[int, int, int, int]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 import gemmi
 
@@ -26,9 +27,7 @@ class SimulationConfig:
     # crystal
     cell: tuple[float, float, float, float, float, float] = (42.0, 42.0, 64.0, 90.0, 90.0, 90.0)  # A, deg
     space_group: str = "P 43 21 2"
-    orientation_deg: tuple[float, float, float] | None = (
-        None  # rotations about x, y, z in turn; None: drawn from the seed
-    )
+    orientation_deg: tuple[float, float, float] | None = None  # turns about x, y, z; None: drawn from the seed
     structure: Path | None = None  # PDB or mmCIF: its F^2 instead of Wilson's; it brings cell and space group
     d_min: float = 1.9  # A; no reflection exists beyond
     wilson_b_a2: float = 15.0  # fall-off of Wilson intensities, A^2
@@ -88,6 +87,8 @@ class SimulationConfig:
         for name in not_negative:
             if getattr(self, name) < 0:
                 raise InputError(f"simulation {name} must not be negative, got {getattr(self, name)}")
+        if self.n_images > 9999:
+            raise InputError(f"simulation n_images must be at most 9999 (files are sim_####.cbf), got {self.n_images}")
         if not 0 < self.oscillation_deg <= 10:
             raise InputError(f"simulation oscillation_deg must be above 0 and up to 10 deg, got {self.oscillation_deg}")
         if self.zero_fraction >= 1:
@@ -114,14 +115,14 @@ class SimulationConfig:
             raise InputError(f"simulation cell {self.cell} does not have the symmetry of {self.space_group}")
 
     @classmethod
-    def demo(cls, **changes: object) -> SimulationConfig:
+    def demo(cls, **changes: Any) -> SimulationConfig:
         """The demonstration wedge: 50 images, about 5,000 full reflections over a broad range of I / sigma."""
-        return cls(**changes)  # type: ignore[arg-type]
+        return replace(cls(), **changes)
 
     @classmethod
-    def tiny(cls, **changes: object) -> SimulationConfig:
+    def tiny(cls, **changes: Any) -> SimulationConfig:
         """Six images of 200 x 200 pixels with a few hundred spots, in well under a second: for tests."""
-        small: dict[str, object] = dict(
+        small: dict[str, Any] = dict(
             image_size_px=(200, 200),
             module_size_px=(97, 92),
             module_gap_px=(6, 16),
@@ -129,4 +130,4 @@ class SimulationConfig:
             distance_mm=60.0,
             d_min=2.6,
         )
-        return cls(**(small | changes))  # type: ignore[arg-type]
+        return replace(cls(), **(small | changes))

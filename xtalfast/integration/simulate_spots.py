@@ -20,7 +20,7 @@ from xtalfast.integration.predict import Predictions, rotation_models
 from xtalfast.integration.simulate_config import SimulationConfig
 from xtalfast.models import Array, Experiment
 
-_REACH = 5.0  # standard deviations; 6e-7 of a spot lies outside along each axis
+REACH = 5.0  # standard deviations; 6e-7 of a spot lies outside along each axis
 _NODES_AT_SIGMA = 1.5  # Gauss-Legendre nodes per pixel = this / (smallest width in px): < 0.3 % of the peak voxel
 _MAX_NODES = 8
 _WORK = 1 << 20  # values of one temporary array
@@ -115,10 +115,10 @@ def voxel_shares(centre: Array, covariance: Array, stack: tuple[int, int, int], 
         The shares in order of spot, then voxel; all voxels within five standard deviations, cut at the stack's faces.
     """
     n_z, n_y, n_x = stack
-    reach_z = _REACH * np.sqrt(covariance[:, 2, 2])
+    reach_z = REACH * np.sqrt(covariance[:, 2, 2])
     near = np.flatnonzero((centre[:, 2] + reach_z > first) & (centre[:, 2] - reach_z < first + n_z))
     centre, covariance = centre[near], covariance[near]
-    reach = _REACH * np.sqrt(np.diagonal(covariance, axis1=1, axis2=2))
+    reach = REACH * np.sqrt(np.diagonal(covariance, axis1=1, axis2=2))
     origin = np.array([0, 0, first])
     low = np.maximum(np.floor(centre - reach).astype(np.int64), origin)
     high = np.minimum(np.floor(centre + reach).astype(np.int64) + 1, origin + np.array([n_x, n_y, n_z]))
