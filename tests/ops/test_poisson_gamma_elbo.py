@@ -325,7 +325,7 @@ def test_huge_counts_are_finite():
         (dict(profile=torch.full((7, 25), -0.1)), ValueError, "not negative"),
         (dict(profile=torch.full((7, 25), float("nan"))), ValueError, "not negative"),
         (dict(profile=[1.0]), TypeError, "profile must be a tensor"),
-        (dict(q_i=(torch.ones(6), 1.0)), ValueError, r"q_i shape must be a number or \[N\] with N=7"),
+        (dict(q_i=(torch.ones(6), 1.0)), ValueError, r"q_i must hold numbers or \[N\] with N=7"),
         (dict(estimator="laplace"), ValueError, "estimator must be"),
         (dict(nodes=1), ValueError, "nodes must be"),
         (dict(samples=0), ValueError, "samples must be"),

@@ -155,22 +155,32 @@ def unpack(
     )
 
 
-def per_reflection(value: Tensor | float, n: int, name: str, like: Tensor) -> Tensor:
-    """A number or tensor [N] as a float64 tensor [N] on the device of `like`.
+def check_rows(n: int, **values: Tensor | float | GammaPair) -> None:
+    """Check that every value, or both of a (shape, rate) pair, is a number or a tensor [N].
 
     Raises:
+        TypeError: no number, tensor or pair of them.
         ValueError: a tensor of another shape.
     """
-    tensor = torch.as_tensor(value, device=like.device).to(torch.float64)
-    if tensor.ndim > 1 or (tensor.ndim == 1 and len(tensor) not in (1, n)):
-        raise ValueError(f"{name} must be a number or [N] with N={n}, got {list(tensor.shape)}")
-    return tensor.expand(n)
+    for name, value in values.items():
+        parts = value if isinstance(value, tuple | list) else (value,)
+        if len(parts) != 2 and parts is value:
+            raise ValueError(f"{name} must be a pair, got {len(parts)} values")
+        for part in parts:
+            if not isinstance(part, Tensor | int | float):
+                raise TypeError(f"{name} must hold numbers or tensors, got {type(part).__name__}")
+            if isinstance(part, Tensor) and (part.ndim > 1 or (part.ndim == 1 and len(part) not in (1, n))):
+                raise ValueError(f"{name} must hold numbers or [N] with N={n}, got {list(part.shape)}")
 
 
-def gamma_rows(pair: GammaPair, n: int, name: str, like: Tensor) -> TensorPair:
+def per_reflection(value: Tensor | float, n: int, like: Tensor) -> Tensor:
+    """A number or tensor [N] as a float64 tensor [N] on the device of `like`."""
+    return torch.as_tensor(value, device=like.device).to(torch.float64).expand(n)
+
+
+def gamma_rows(pair: GammaPair, n: int, like: Tensor) -> TensorPair:
     """(shape, rate) as two float64 tensors [N]."""
-    shape, rate = pair
-    return per_reflection(shape, n, f"{name} shape", like), per_reflection(rate, n, f"{name} rate", like)
+    return per_reflection(pair[0], n, like), per_reflection(pair[1], n, like)
 
 
 def pair_rows(pair: tuple, rows: slice) -> tuple:

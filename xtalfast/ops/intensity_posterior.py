@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xtalfast.ops._boxes import Boxes, box_chunks, check_boxes, gamma_rows, pair_rows, unpack
+from xtalfast.ops._boxes import Boxes, box_chunks, check_boxes, check_rows, gamma_rows, pair_rows, unpack
 from xtalfast.ops._share import most_likely_share, share_rate
 from xtalfast.ops.gamma import GammaPair
 from xtalfast.ops.profiles import Profile
@@ -116,6 +116,7 @@ def _posterior_of_boxes(
 
     point, gauss_weight = (torch.from_numpy(t).to(a.device) for t in np.polynomial.legendre.leggauss(nodes))
     s = s_low[:, None] + (s_high - s_low)[:, None] * (0.5 + 0.5 * point)
+    s = torch.clamp(s, 1e-300, 1 - 2**-53)
     x, log_jacobian = _share_from_s(s, a_low[:, None], c_low[:, None])
     distance = (x - mode[:, None]).to(dtype)
     # log(rate_k / rate_mode) = log(1 + (X_k - X_mode) ratio): nothing cancels in single precision
@@ -186,8 +187,8 @@ def intensity_posterior_reference(
     """The definition, in plain torch; arguments as in `intensity_posterior`."""
     boxes = unpack(counts, mask, profile, ptr, background)
     n = len(boxes)
-    a, alpha = gamma_rows(prior_i, n, "prior_i", boxes.counts)
-    c, beta = gamma_rows(prior_bg, n, "prior_bg", boxes.counts)
+    a, alpha = gamma_rows(prior_i, n, boxes.counts)
+    c, beta = gamma_rows(prior_bg, n, boxes.counts)
     wanted = torch.as_tensor(quantiles, dtype=torch.float64, device=counts.device).reshape(-1)
     return IntensityPosterior(*_posterior_of_boxes(boxes, a, alpha, c, beta, wanted, nodes))
 
@@ -232,6 +233,7 @@ def intensity_posterior(
         6.0
     """
     n = check_boxes(counts, mask, profile, ptr, background)
+    check_rows(n, prior_i=prior_i, prior_bg=prior_bg)
     if any(not 0 < q < 1 for q in quantiles):
         raise ValueError(f"quantiles must be between 0 and 1, got {tuple(quantiles)}")
     if nodes < 2:

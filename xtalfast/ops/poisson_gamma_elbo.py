@@ -30,6 +30,7 @@ from xtalfast.ops._boxes import (
     Chunk,
     box_chunks,
     check_boxes,
+    check_rows,
     gamma_rows,
     pair_rows,
     per_reflection,
@@ -140,9 +141,9 @@ def poisson_gamma_elbo_reference(
     """The definition, in plain torch; arguments as in `poisson_gamma_elbo`. Memory grows with pixels x nodes."""
     boxes = unpack(counts, mask, profile, ptr, background)
     n = len(boxes)
-    (k_i, r_i), (k_b, r_b) = gamma_rows(q_i, n, "q_i", boxes.counts), gamma_rows(q_bg, n, "q_bg", boxes.counts)
-    kl_i = gamma_kl((k_i, r_i), gamma_rows(prior_i, n, "prior_i", boxes.counts))
-    kl_bg = gamma_kl((k_b, r_b), gamma_rows(prior_bg, n, "prior_bg", boxes.counts))
+    (k_i, r_i), (k_b, r_b) = gamma_rows(q_i, n, boxes.counts), gamma_rows(q_bg, n, boxes.counts)
+    kl_i = gamma_kl((k_i, r_i), gamma_rows(prior_i, n, boxes.counts))
+    kl_bg = gamma_kl((k_b, r_b), gamma_rows(prior_bg, n, boxes.counts))
 
     used = boxes.used
     profile_sum = boxes.total(torch.where(used, boxes.profile, 0.0)).to(torch.float64)
@@ -165,8 +166,8 @@ def poisson_gamma_elbo_reference(
             per_node = _log_rates(lit.where(group[lit.row]), i_k, b_k)
             log_likelihood = log_likelihood + torch.where(group, (weight * per_node).sum(1), 0.0)
 
-    kappa_i = per_reflection(kappa_i, n, "kappa_i", boxes.counts)
-    kappa_bg = per_reflection(kappa_bg, n, "kappa_bg", boxes.counts)
+    kappa_i = per_reflection(kappa_i, n, boxes.counts)
+    kappa_bg = per_reflection(kappa_bg, n, boxes.counts)
     return (kappa_i * kl_i + kappa_bg * kl_bg - log_likelihood).to(boxes.counts.dtype)
 
 
@@ -238,6 +239,7 @@ def poisson_gamma_elbo(
         torch.Size([1])
     """
     n = check_boxes(counts, mask, profile, ptr, background)
+    check_rows(n, q_i=q_i, q_bg=q_bg, prior_i=prior_i, prior_bg=prior_bg, kappa_i=kappa_i, kappa_bg=kappa_bg)
     if estimator not in ("quadrature", "mc"):
         raise ValueError(f"estimator must be 'quadrature' or 'mc', got {estimator!r}")
     if nodes != "auto" and (not isinstance(nodes, int) or nodes < 4):

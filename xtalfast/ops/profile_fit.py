@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from xtalfast.ops._boxes import Boxes, box_chunks, check_boxes, pair_rows, per_reflection, unpack
+from xtalfast.ops._boxes import Boxes, box_chunks, check_boxes, check_rows, pair_rows, per_reflection, unpack
 from xtalfast.ops._share import most_likely_share
 from xtalfast.ops.intensity_posterior import intensity_posterior
 from xtalfast.ops.profiles import Profile
@@ -153,7 +153,7 @@ def profile_fit_reference(
         flat = intensity_posterior(counts, mask, profile, (1.0, 0.0), (1.0, 0.0), ptr=ptr, background=background)
         # a box that says nothing about I or B has an infinite mean: any reference will do, it is reported unsolvable
         at = (torch.nan_to_num(flat.mean_i, posinf=1.0), torch.nan_to_num(flat.mean_bg, posinf=1.0))
-    i_ref, b_ref = (per_reflection(t, len(boxes), "at", boxes.counts) for t in at)
+    i_ref, b_ref = (per_reflection(t, len(boxes), boxes.counts) for t in at)
     return _linear(boxes, i_ref, b_ref)
 
 
@@ -194,6 +194,8 @@ def profile_fit(
         8.0
     """
     n = check_boxes(counts, mask, profile, ptr, background)
+    if at is not None:
+        check_rows(n, at=at)
     if method not in ("linear", "ml"):
         raise ValueError(f"method must be 'linear' or 'ml', got {method!r}")
     pieces = [
