@@ -98,6 +98,6 @@ def simulate(
     config = SimulationConfig.tiny(**changes) if tiny else SimulationConfig(**changes)  # type: ignore[arg-type]
     with ProgressBars(quiet) as progress:
         result = run(output, config, progress=progress)
-    for path in (result.experiments, result.reflections, result.truth):
+    for path in (result.expt, result.refl, result.truth):
         typer.echo(f"wrote {path}")
-    typer.echo(f"next: xtalfast integrate {result.experiments} {result.reflections} -o {output / 'integrated'}")
+    typer.echo(f"next: xtalfast integrate {result.expt} {result.refl} -o {output / 'integrated'}")
