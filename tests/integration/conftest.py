@@ -59,7 +59,7 @@ def draw_spots(n: int, box: tuple[int, int, int] = (3, 9, 9), *, seed: int = 0, 
     return Spots(box, counts, bits, metadata, strength, background, profile.astype(np.float32))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def spots():
     """The function that draws them."""
     return draw_spots
@@ -78,6 +78,14 @@ class RayTraced:
     background: np.ndarray  # [N] per pixel
     held: np.ndarray  # [N] share of the photons of the spot that fell into the box
     recorded: np.ndarray  # [N] share of the photons that fell on images of box and scan
+
+    def select(self, rows: np.ndarray) -> RayTraced:
+        """Some of the spots."""
+        metadata = {name: column[rows] for name, column in self.metadata.items()}
+        arrays = (self.intensity, self.background, self.held, self.recorded)
+        return RayTraced(
+            self.box, self.values[rows], self.bits[rows], metadata, self.experiment, *(a[rows] for a in arrays)
+        )
 
     @property
     def n(self) -> int:
@@ -203,7 +211,7 @@ def trace_spots(
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def traced():
     """The function that traces them."""
     return trace_spots

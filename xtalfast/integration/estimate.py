@@ -407,12 +407,30 @@ def _fit(
         "intensity.prf.variance": fit.var_i.cpu().numpy() / kept**2,
         "intensity.vi.value": posterior.mean_i.cpu().numpy() / kept,
         "intensity.vi.variance": posterior.var_i.cpu().numpy() / kept**2,
-        "profile.correlation": fit.correlation.cpu().numpy(),
+        "profile.correlation": _correlation(part, usable, use, profile, fit.i.cpu().numpy()),
     }
     finite = np.logical_and.reduce([np.isfinite(values) for values in found.values()])
     for name, values in found.items():
         columns[name][usable] = np.where(finite, values, failed[name])
     return columns
+
+
+def _correlation(
+    part: _Batch, rows: NDArray[np.bool_], use: NDArray[np.bool_], profile: Tensor, intensity: Array
+) -> Array:
+    """Correlation of counts and fitted model over the used foreground voxels of some rows, 0 where one is constant.
+
+    DIALS correlates the same two after mapping them to its reciprocal-space grid, which smooths the noise: its values
+    are higher for weak reflections.
+    """
+    weight = (use & part.inside)[rows].astype(float)
+    weight /= np.maximum(weight.sum(axis=1, keepdims=True), 1)
+    counts, model = part.counts[rows].astype(float), profile.numpy()[rows].astype(float)
+    counts -= np.einsum("np,np->n", weight, counts)[:, None]
+    model -= np.einsum("np,np->n", weight, model)[:, None]
+    variance = np.einsum("np,np,np->n", weight, counts, counts) * np.einsum("np,np,np->n", weight, model, model)
+    covariance = np.einsum("np,np,np->n", weight, counts, model) * np.sign(intensity)
+    return np.where(variance > 0, covariance / np.sqrt(np.where(variance > 0, variance, 1.0)), 0.0)
 
 
 def _diagnostics(estimates: Estimates, widths: SpotWidths) -> dict[str, Any]:
