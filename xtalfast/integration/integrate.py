@@ -6,8 +6,6 @@ network (trained, or given weights) -> estimates -> files.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import shutil
@@ -20,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from xtalfast.errors import InputError
 from xtalfast.integration import fit
@@ -28,10 +27,9 @@ from xtalfast.integration.config import IntegrationConfig
 from xtalfast.integration.estimate import Estimates, estimate
 from xtalfast.integration.gaussian_rs import ReferenceProfiles
 from xtalfast.integration.model import IntegrationModel, NetworkProfiles
-from xtalfast.integration.outputs import fill_table, write_outputs
-from xtalfast.integration.shoeboxes import ShoeboxStore, extract_store
+from xtalfast.integration.outputs import RunResults, fill_table, write_outputs
+from xtalfast.integration.shoeboxes import ShoeboxStore, extract_store, store_from_shoebox_column
 from xtalfast.io import ExperimentList, ReflectionTable, ShoeboxColumn, read_expt, read_refl, write_expt
-from xtalfast.io.files import write_text
 
 __all__ = ["IntegrateOptions", "IntegrationResult", "Prepared", "integrate", "open_prepared", "prepare"]
 
@@ -39,7 +37,6 @@ logger = logging.getLogger("xtalfast")
 Progress = Callable[[str, int, int], None]
 
 PUBLISH = ("likelihood", "posterior")
-RECORD = "prepared.json"  # what a run directory was prepared from
 
 
 @dataclass(frozen=True)
@@ -89,6 +86,7 @@ class Prepared:
     experiments: ExperimentList
     store: ShoeboxStore
     profiles: ReferenceProfiles
+    rows: NDArray[np.int64]  # of the reflection table, for each row of the store
 
 
 @dataclass
@@ -104,14 +102,12 @@ class IntegrationResult:
     record: dict[str, Any] = field(repr=False)  # xtalfast.json
 
     def summary(self) -> str:
-        """The figures worth a look, a few lines."""
+        """How many reflections came how far, in one line."""
         counts = self.record["counts"]
-        lines = [
+        return (
             f"{counts['reflections']} reflections: {counts['integrated_prf']} profile-fitted, "
             f"{counts['integrated_sum']} summed, {counts['not_integrated']} not integrated"
-        ]
-        lines += [f"warning: {warning}" for warning in self.record["warnings"]]
-        return "\n".join(lines)
+        )
 
 
 def integrate(
@@ -149,7 +145,7 @@ def integrate(
         table, experiments, source = _read(experiments, reflections, options)
     config = _network_config(options)
     with _timed("shoeboxes and profiles", seconds):
-        prepared = _prepare(table, experiments, source, out_dir, options, progress)
+        prepared = _prepare(table, experiments, out_dir, options, progress)
     with _timed("network", seconds):
         checkpoint, history, training = _network(prepared, config, options, progress)
         model = fit.load_checkpoint(checkpoint, options.torch_device)
@@ -168,18 +164,12 @@ def integrate(
             device=options.torch_device,
             progress=progress,
         )
-    integrated = fill_table(table, prepared.store, estimates, publish=options.publish)
+    integrated = fill_table(table, prepared.store, prepared.rows, estimates, publish=options.publish)
     for experiment in experiments:
         experiment.profile = prepared.profiles.widths.to_profile()
     files, record = write_outputs(
         out_dir,
-        integrated,
-        table,
-        experiments,
-        prepared.store,
-        prepared.profiles,
-        network,
-        estimates,
+        RunResults(table, integrated, experiments, prepared.store, prepared.profiles, network, estimates),
         parameters={**asdict(options), **source, "combination": model.config.combination, "checkpoint": checkpoint},
         defaults=asdict(IntegrateOptions()),
         config=model.config.to_dict(),
@@ -200,8 +190,8 @@ def prepare(
 ) -> Prepared:
     """Cut the shoeboxes of a data set and learn its reference profiles; the part of `integrate` before the network."""
     options = options or IntegrateOptions()
-    table, experiments, source = _read(experiments, reflections, options)
-    return _prepare(table, experiments, source, Path(directory), options, progress)
+    table, experiments, _ = _read(experiments, reflections, options)
+    return _prepare(table, experiments, Path(directory), options, progress)
 
 
 def open_prepared(directory: str | os.PathLike) -> Prepared:
@@ -211,15 +201,14 @@ def open_prepared(directory: str | os.PathLike) -> Prepared:
         InputError: nothing was prepared there, or it was interrupted.
     """
     directory = Path(directory)
-    if not (directory / RECORD).is_file() or not (directory / "profiles.npz").is_file():
+    if not (directory / "profiles.npz").is_file():
         raise InputError(
             f"{directory} holds no finished shoebox store: run `xtalfast extract ... -o {directory}` first"
         )
     experiments = read_expt(directory / "models.expt")
     store = ShoeboxStore.open(directory / "shoeboxes")
-    return Prepared(
-        directory, experiments, store, ReferenceProfiles.load(directory / "profiles.npz", store, experiments)
-    )
+    profiles = ReferenceProfiles.load(directory / "profiles.npz", store, experiments)
+    return Prepared(directory, experiments, store, profiles, np.asarray(store.metadata["row"][:]))
 
 
 @contextmanager
@@ -269,19 +258,9 @@ def _check_identifiers(table: ReflectionTable, experiments: ExperimentList, sour
         )
 
 
-def _fingerprint(table: ReflectionTable, experiments: ExperimentList, options: IntegrateOptions) -> str:
-    """Hash of what decides the shoeboxes."""
-    digest = hashlib.sha256(json.dumps([options.box, options.d_min], sort_keys=True).encode())
-    digest.update(json.dumps(experiments.raw, sort_keys=True).encode())
-    for name in ("id", "panel", "miller_index", "xyzcal.px"):
-        digest.update(np.ascontiguousarray(table[name]).tobytes())
-    return digest.hexdigest()
-
-
 def _prepare(
     table: ReflectionTable,
     experiments: ExperimentList,
-    source: dict[str, str],
     directory: Path,
     options: IntegrateOptions,
     progress: Progress | None,
@@ -290,41 +269,43 @@ def _prepare(
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make the output directory {directory}: {error.strerror}") from error
-    fingerprint = _fingerprint(table, experiments, options)
-    record = directory / RECORD
-    shoeboxes, profile_file = directory / "shoeboxes", directory / "profiles.npz"
     if not options.resume:
         _forget(directory)
-    if record.is_file():
-        if json.loads(record.read_text())["fingerprint"] != fingerprint:
-            raise InputError(
-                f"{directory} holds the run of another input or box; choose another output directory, or --restart"
-            )
-    else:
-        _forget(directory)
-        write_text(record, json.dumps({"fingerprint": fingerprint, **source}, indent=1) + "\n")
-    write_expt(directory / "models.expt", experiments)
+    rows = _rows_to_extract(table, options.d_min)
+    wanted = table if len(rows) == len(table) else table.select(rows)
     box = options.box or ((1, 21, 21) if all(e.is_still for e in experiments) else (3, 21, 21))
+    shoeboxes, profile_file = directory / "shoeboxes", directory / "profiles.npz"
     if isinstance(table.columns.get("shoebox"), ShoeboxColumn) and not _has_images(experiments):
         logger.info("no images: using the shoeboxes of the reflection table")
-        store = ShoeboxStore.from_shoebox_column(table, experiments, shoeboxes, box=box)
+        store = store_from_shoebox_column(wanted, experiments, shoeboxes, box=box)
     else:
         store = extract_store(
-            table,
+            wanted,
             experiments,
             shoeboxes,
             box=box,
-            d_min=options.d_min,
             image_dir=options.image_dir,
             verify=options.verify,
             progress=progress,
         )
+    write_expt(directory / "models.expt", experiments)
     if profile_file.is_file():
         profiles = ReferenceProfiles.load(profile_file, store, experiments)
     else:
         profiles = ReferenceProfiles.fit(store, experiments, progress=progress)
         profiles.save(profile_file)
-    return Prepared(directory, experiments, store, profiles)
+    return Prepared(directory, experiments, store, profiles, rows[np.asarray(store.metadata["row"][:])])
+
+
+def _rows_to_extract(table: ReflectionTable, d_min: float | None) -> NDArray[np.int64]:
+    if d_min is None:
+        return np.arange(len(table))
+    rows = np.flatnonzero(table["d"] >= d_min)
+    if not len(rows):
+        raise InputError(
+            f"d_min {d_min} A leaves no reflection; the best resolution in the table is {table['d'].min():.2f} A"
+        )
+    return rows
 
 
 def _forget(directory: Path) -> None:
@@ -332,8 +313,7 @@ def _forget(directory: Path) -> None:
     for name in ("shoeboxes", "training"):
         if (directory / name).is_dir():
             shutil.rmtree(directory / name)
-    for name in (RECORD, "profiles.npz"):
-        (directory / name).unlink(missing_ok=True)
+    (directory / "profiles.npz").unlink(missing_ok=True)
 
 
 def _has_images(experiments: ExperimentList) -> bool:

@@ -7,19 +7,21 @@ import json
 import logging
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 import xtalfast
 from xtalfast.errors import InputError
 from xtalfast.integration.estimate import Estimates
 from xtalfast.integration.gaussian_rs import ReferenceProfiles
 from xtalfast.integration.model import NetworkProfiles
-from xtalfast.integration.shoeboxes import ShoeboxStore
+from xtalfast.integration.store import Reason, ShoeboxStore
 from xtalfast.io import ExperimentList, Flag, ReflectionTable, write_expt, write_refl, write_unmerged_mtz
 from xtalfast.io.files import write_text
 from xtalfast.metrics.merging import MergingStatistics, merging_statistics
@@ -43,15 +45,39 @@ _STALE_FLAGS = (
 )
 
 
+@dataclass(frozen=True)
+class RunResults:
+    """What one integration has in hand when it comes to writing."""
+
+    source: ReflectionTable  # the input with its derived columns
+    table: ReflectionTable  # integrated
+    experiments: ExperimentList
+    store: ShoeboxStore
+    profiles: ReferenceProfiles
+    network: NetworkProfiles
+    estimates: Estimates  # rows of the store
+
+    @property
+    def spot_source(self) -> ReferenceProfiles | NetworkProfiles:
+        """Whose profiles the estimates rest on."""
+        return self.profiles if self.network.model.config.profile.kind == "dials" else self.network
+
+
 def fill_table(
-    table: ReflectionTable, store: ShoeboxStore, estimates: Estimates, *, publish: str = "likelihood"
+    table: ReflectionTable,
+    store: ShoeboxStore,
+    rows: NDArray[np.int64],
+    estimates: Estimates,
+    *,
+    publish: str = "likelihood",
 ) -> ReflectionTable:
     """The table of `integrated.refl`: all rows of `table` in their order, with the estimates of those in the store.
 
     Args:
         table: the input with its derived columns; not changed. Columns of an earlier integration, and shoeboxes, are
             left out.
-        store: its metadata `row` says which rows the estimates belong to.
+        store: the shoeboxes.
+        rows: row of `table` for each row of the store.
         estimates: of the rows of the store.
         publish: "likelihood", or "posterior" to have the network's E_q[I], Var_q[I] in intensity.prf.*, as the paper.
     """
@@ -59,7 +85,6 @@ def fill_table(
     for name in list(result):
         if name == "shoebox" or name.startswith(_STALE_PREFIXES):
             del result[name]
-    rows = np.asarray(store.metadata["row"][:], np.int64)
     for name, values in estimates.columns.items():
         missing = -1 if name.endswith(".variance") else 0
         column = result[name].copy() if name in result else np.full(len(result), missing, values.dtype)
@@ -68,7 +93,8 @@ def fill_table(
     result["bbox"] = np.asarray(result["bbox"]).copy()
     result["bbox"][rows] = store.metadata["bbox"][:]
     flags = np.asarray(result["flags"]) & ~np.uint64(_STALE_FLAGS) | np.uint64(Flag.Predicted)
-    flags[rows] |= estimates.flags | np.asarray(store.metadata["flags"][:], np.uint64) & np.uint64(_STALE_FLAGS)
+    overloaded = (np.asarray(store.metadata["reason"][:]) & np.uint8(Reason.Overloaded)) != 0
+    flags[rows] |= estimates.flags | np.where(overloaded, np.uint64(Flag.Overloaded), np.uint64(0))
     result["flags"] = flags
     if publish == "posterior":
         for part in ("value", "variance"):
@@ -108,24 +134,23 @@ def counts_of(table: ReflectionTable, store: ShoeboxStore) -> dict[str, int]:
         "integrated_sum": count(Flag.IntegratedSum),
         "not_integrated": int(((flags & np.uint64(Flag.Integrated)) == 0).sum()),
         "overloaded": count(Flag.Overloaded),
-        "overlapped": count(Flag.OverlappedFg),
         "foreground_includes_bad_pixels": count(Flag.ForegroundIncludesBadPixels),
         "failed_during_profile_fitting": count(Flag.FailedDuringProfileFitting),
     }
 
 
-def warnings_of(table: ReflectionTable, store: ShoeboxStore, estimates: Estimates) -> list[str]:
+def warnings_of(run: RunResults) -> list[str]:
     """What a careful user should be told, in plain words."""
     found = []
-    counts, statistics = counts_of(table, store), store.statistics
-    few = statistics.get("n_small_box", 0)
-    if few:
+    store, counts = run.store, counts_of(run.table, run.store)
+    small = store.statistics["reasons"].get("SmallBox", 0)
+    if small:
         found.append(
-            f"{few} of {store.n} boxes hold less than 95 % of the modelled spot: use a larger --box than {store.box}"
+            f"{small} of {store.n} boxes hold less than 95 % of the modelled spot: use a larger --box than {store.box}"
         )
     if counts["integrated_prf"] < 0.5 * store.n:
         found.append(f"only {counts['integrated_prf']} of {store.n} reflections could be profile-fitted")
-    ratio = estimates.diagnostics.get("sum_over_prf_strong")
+    ratio = run.estimates.diagnostics.get("sum_over_prf_strong")
     if ratio is not None and not 0.95 < ratio < 1.05:
         found.append(
             f"strong reflections: summation is {ratio:.3f} times the profile-fitted intensity; check the profiles"
@@ -137,13 +162,7 @@ def warnings_of(table: ReflectionTable, store: ShoeboxStore, estimates: Estimate
 
 def write_outputs(
     directory: Path,
-    table: ReflectionTable,
-    source: ReflectionTable,
-    experiments: ExperimentList,
-    store: ShoeboxStore,
-    profiles: ReferenceProfiles,
-    network: NetworkProfiles,
-    estimates: Estimates,
+    run: RunResults,
     *,
     parameters: Mapping[str, Any],
     defaults: Mapping[str, Any],
@@ -158,19 +177,21 @@ def write_outputs(
         The files in the order of writing, and the content of xtalfast.json.
     """
     refl, expt, mtz = directory / "integrated.refl", directory / "integrated.expt", directory / "unmerged.mtz"
-    write_refl(refl, table)
-    write_expt(expt, experiments)
+    write_refl(refl, run.table)
+    write_expt(expt, run.experiments)
     files = [refl, expt]
-    indexed = all(e.crystal is not None for e in experiments)
-    if indexed:
-        write_unmerged_mtz(mtz, table, experiments)
-        files.append(mtz)
-    else:
+    indexed = all(e.crystal is not None for e in run.experiments)
+    if not indexed:
         logger.warning("no unmerged.mtz: the models have no crystal")
-    warnings = warnings_of(table, store, estimates)
+    elif not run.estimates.integrated_prf.any():
+        logger.warning("no unmerged.mtz: not one reflection could be profile-fitted")
+    else:
+        write_unmerged_mtz(mtz, run.table, run.experiments)
+        files.append(mtz)
+    warnings = warnings_of(run)
     for warning in warnings:
         logger.warning("%s", warning)
-    statistics = _statistics(table, experiments) if indexed else []
+    statistics = _statistics(run.table, run.experiments) if indexed else []
     record: dict[str, Any] = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
@@ -179,19 +200,17 @@ def write_outputs(
         "network": config,
         "training": training,
         "history": list(history),
-        "counts": counts_of(table, store),
+        "counts": counts_of(run.table, run.store),
         "warnings": warnings,
-        "estimates": estimates.diagnostics,
-        "store": store.statistics,
+        "estimates": run.estimates.diagnostics,
+        "store": run.store.statistics,
         "statistics": [s.to_json() for s in statistics],
         "seconds": seconds,
         "files": [f.name for f in files],
     }
     report, json_file = directory / "report.html", directory / "xtalfast.json"
     files += [json_file, report]
-    data = report_data(
-        record, defaults, source, table, experiments, store, profiles, network, estimates, statistics, files
-    )
+    data = report_data(record, defaults, run, statistics, files)
     write_text(json_file, json.dumps(record, indent=1, default=_json_value) + "\n")
     write_report(report, data)
     return files, record

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from xtalfast.integration.estimate import Estimates
-from xtalfast.integration.gaussian_rs import ReferenceProfiles, used_pixels
-from xtalfast.integration.model import NetworkProfiles
-from xtalfast.integration.shoeboxes import ShoeboxStore
-from xtalfast.io import Flag, ReflectionTable
+from xtalfast.integration.gaussian_rs import used_pixels
+from xtalfast.integration.store import ShoeboxStore
+from xtalfast.io import Flag
 from xtalfast.metrics import MergingStatistics
-from xtalfast.models import Experiment
+from xtalfast.metrics.truth import load_truth
 from xtalfast.report.data import Comparison, ReportData, ShoeboxExample, example_rows, mean_profiles
+
+if TYPE_CHECKING:
+    from xtalfast.integration.outputs import RunResults
 
 _SHOWN_FLAGS = (
     Flag.IntegratedPrf,
@@ -24,7 +25,6 @@ _SHOWN_FLAGS = (
     Flag.FailedDuringProfileFitting,
     Flag.FailedDuringSummation,
     Flag.Overloaded,
-    Flag.OverlappedFg,
     Flag.ForegroundIncludesBadPixels,
 )
 _N_PROFILES = 2000  # reflections averaged for the profiles over the detector
@@ -34,45 +34,37 @@ _N_OUTLIERS = 20
 def report_data(
     record: Mapping[str, Any],
     defaults: Mapping[str, Any],
-    source: ReflectionTable,
-    table: ReflectionTable,
-    experiments: Sequence[Experiment],
-    store: ShoeboxStore,
-    profiles: ReferenceProfiles,
-    network: NetworkProfiles,
-    estimates: Estimates,
+    run: RunResults,
     statistics: Sequence[MergingStatistics],
     files: Sequence[Path],
-    extra: Sequence[Comparison] = (),
 ) -> ReportData:
     """Everything the report of one integration shows.
 
     Args:
         record: the content of xtalfast.json.
         defaults: of the parameters; those that differ are marked.
-        source: the input table; its own intensities (DIALS') are compared with ours.
-        table: the integrated table.
-        experiments, store, profiles, network, estimates: of the run.
+        run: the integration.
         statistics: merging statistics to show.
         files: what was written.
-        extra: further comparisons, e.g. with truth.
     """
+    store, estimates = run.store, run.estimates
     columns = estimates.columns
     value, variance = columns["intensity.prf.value"], columns["intensity.prf.variance"]
     fitted = estimates.integrated_prf
     sigma = np.sqrt(np.where(variance > 0, variance, np.nan))
     misfit = _misfit(columns, fitted)
-    spot_source = profiles if network.model.config.profile.kind == "dials" else network
     examples = {
         group: np.flatnonzero(fitted)[rows]
         for group, rows in example_rows(value[fitted], sigma[fitted], misfit[fitted]).items()
     }
-    shoeboxes = [s for group, rows in examples.items() for s in _shoeboxes(store, spot_source, estimates, group, rows)]
+    shoeboxes = [s for group, rows in examples.items() for s in _shoeboxes(run, group, rows)]
     shown = np.flatnonzero(fitted)[:: max(1, int(fitted.sum()) // _N_PROFILES)]
     grid = None
     if len(shown) and store.box is not None:
-        dense = spot_source.profiles(shown).numpy().reshape(-1, *store.box)
-        grid = mean_profiles(dense, store.metadata["xyzcal_px"][shown][:, :2], experiments[0].detector[0].image_size)
+        dense = run.spot_source.profiles(shown).numpy().reshape(-1, *store.box)
+        grid = mean_profiles(
+            dense, store.metadata["xyzcal_px"][shown][:, :2], run.experiments[0].detector[0].image_size
+        )
     counts = record["counts"]
     history = record["history"]
     return ReportData(
@@ -91,14 +83,14 @@ def report_data(
         seconds=dict(record["seconds"]),
         files=[f.name for f in files],
         warnings=list(record["warnings"]),
-        flags={str(flag.name): int(table.has_flags(flag).sum()) for flag in _SHOWN_FLAGS},
+        flags={str(flag.name): int(run.table.has_flags(flag).sum()) for flag in _SHOWN_FLAGS},
         history={name: [row[name] for row in history] for name in ("epoch", "train_loss", "val_loss")}
         if history
         else {},
         statistics=statistics,
         profiles=grid,
         shoeboxes=shoeboxes,
-        comparisons=[*_comparisons(source, table), *extra],
+        comparisons=_comparisons(run, record["parameters"]["truth"]),
         intensities={"profile fit": (value[fitted], sigma[fitted])},
         outliers=_outliers(store, columns, misfit, fitted),
     )
@@ -112,12 +104,11 @@ def _misfit(columns: Mapping[str, NDArray], fitted: NDArray[np.bool_]) -> NDArra
     return np.where(fitted & (columns["intensity.sum.variance"] > 0), difference, np.nan)
 
 
-def _shoeboxes(
-    store: ShoeboxStore, source: Any, estimates: Estimates, group: str, rows: NDArray[np.int64]
-) -> list[ShoeboxExample]:
+def _shoeboxes(run: RunResults, group: str, rows: NDArray[np.int64]) -> list[ShoeboxExample]:
+    store = run.store
     counts, used = store.counts(rows), used_pixels(store.mask(rows))
-    shape = source.profiles(rows).numpy()
-    columns, metadata = estimates.columns, store.metadata
+    shape = run.spot_source.profiles(rows).numpy()
+    columns, metadata = run.estimates.columns, store.metadata
     found = []
     for k, row in enumerate(rows):
         intensity, background = columns["intensity.prf.value"][row], columns["background.mean"][row]
@@ -141,8 +132,9 @@ def _shoeboxes(
     return found
 
 
-def _comparisons(source: ReflectionTable, table: ReflectionTable) -> list[Comparison]:
-    """Our profile fit against our summation, and against the intensities that the input table came with."""
+def _comparisons(run: RunResults, truth: Path | None) -> list[Comparison]:
+    """Our profile fit against truth, our summation, and the intensities that the input table came with."""
+    source, table = run.source, run.table
     ours = table["intensity.prf.value"]
     variance = table["intensity.prf.variance"]
     good = table.has_flags(Flag.IntegratedPrf)
@@ -150,9 +142,12 @@ def _comparisons(source: ReflectionTable, table: ReflectionTable) -> list[Compar
     both = good & table.has_flags(Flag.IntegratedSum)
     partiality = table["partiality"] if "partiality" in table else np.ones(len(table))
     whole = both & (partiality > 0.95)
-    found = [
-        Comparison("our summation", table["intensity.sum.value"][whole], ours[whole], sigma[whole]),
-    ]
+    found = []
+    if truth is not None:
+        true = load_truth(truth, len(table))
+        rows = good & (true["fraction_recorded"] > 0.99)
+        found.append(Comparison("truth", true["photons"][rows], ours[rows], sigma[rows], is_truth=True))
+    found.append(Comparison("our summation", table["intensity.sum.value"][whole], ours[whole], sigma[whole]))
     for channel, flag, name in (
         ("intensity.prf", Flag.IntegratedPrf, "the input's profile fit"),
         ("intensity.sum", Flag.IntegratedSum, "the input's summation"),
