@@ -12,6 +12,7 @@ A flat prior on (I, B) >= 0 is a = c = 1, alpha = beta = 0; then E[sum_j rate_j]
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,9 @@ from xtalfast.ops._share import most_likely_share, share_rate
 from xtalfast.ops.gamma import GammaPair
 from xtalfast.ops.profiles import Profile
 
+_QUANTILE_STEPS = 40
+_QUANTILE_TOLERANCE = 1e-6  # probability
+_QUANTILE_NODES = 96
 _MODE_TOLERANCE = 1e-2  # sd: the quadrature need not be centred
 _TAIL_LOG = 16.0  # fall of log h from its maximum to the ends of the quadrature
 
@@ -53,13 +57,17 @@ def _heavy_tail(slope: Tensor, curvature: Tensor, skew: Tensor) -> Tensor:
     """
     n = torch.clamp(4 * curvature**3 / skew**2, min=1.0, max=1e12)
     unit = torch.sqrt(n / curvature)
-    level = _TAIL_LOG / n
-    d = torch.minimum(unit * (level + torch.sqrt(2 * level)), _TAIL_LOG / torch.clamp(slope, min=1e-300))
+    # w - log(1 + w) >= w^2 / (2 (1 + w)) gives a start outside, or no end before the boundary of X
+    rise = torch.clamp(-slope, min=0.0) * unit
+    quadratic, linear = n - 2 * rise, 2 * _TAIL_LOG + 2 * rise
+    ends = quadratic > 0
+    quadratic = torch.where(ends, quadratic, 1.0)
+    d = unit * (linear + torch.sqrt(linear**2 + 8 * _TAIL_LOG * quadratic)) / (2 * quadratic)
     for _ in range(6):  # convex: Newton from outside stays outside
         w = d / unit
         fall = slope * d + n * (w - torch.log1p(w))
         d = d - (fall - _TAIL_LOG) / (slope + n / unit * w / (1 + w))
-    return d
+    return torch.where(ends, d, 1.0)
 
 
 def _share_from_s(s: Tensor, a: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,8 +91,36 @@ def _s_from_share(x: Tensor, a: Tensor, c: Tensor) -> Tensor:
     return torch.where((x == 0) | (x == 1), x, 0.5 * (low + high))
 
 
+@dataclass(frozen=True)
+class _Rule:
+    """Gauss-Legendre quadrature of X^(a-1) (1 - X)^(c-1) f(X) dX in the variable s between two ends."""
+
+    s_low: Tensor
+    s_high: Tensor
+    a: Tensor
+    c: Tensor
+
+    def at(self, nodes: int) -> tuple[Tensor, Tensor]:
+        """Shares X and log measures, [N, nodes] each."""
+        point, gauss_weight = (torch.from_numpy(t).to(self.a.device) for t in np.polynomial.legendre.leggauss(nodes))
+        width = (self.s_high - self.s_low)[:, None]
+        s = torch.clamp(self.s_low[:, None] + width * (0.5 + 0.5 * point), 1e-300, 1 - 2**-53)
+        a, c = self.a[:, None], self.c[:, None]
+        x, log_jacobian = _share_from_s(s, a.clamp(max=1.0), c.clamp(max=1.0))
+        log_measure = a * torch.log(x) + c * torch.log1p(-x) + log_jacobian + torch.log(0.5 * gauss_weight * width)
+        return x, log_measure
+
+
+def _interpolation(coarse: int, fine: int) -> Tensor:
+    """Matrix [coarse, fine] of the polynomial interpolation from Gauss-Legendre nodes to finer ones (barycentric)."""
+    (x, w), (y, _) = (np.polynomial.legendre.leggauss(n) for n in (coarse, fine))
+    barycentric = (-1.0) ** np.arange(coarse) * np.sqrt((1 - x**2) * w)
+    terms = barycentric[:, None] / (y - x[:, None])
+    return torch.from_numpy(terms / terms.sum(0))
+
+
 def _posterior_of_boxes(
-    boxes: Boxes, a: Tensor, alpha: Tensor, c: Tensor, beta: Tensor, quantiles: Tensor, nodes: int
+    boxes: Boxes, a: Tensor, alpha: Tensor, c: Tensor, beta: Tensor, quantiles: Sequence[float], nodes: int
 ) -> tuple[Tensor, ...]:
     used = boxes.used
     p_total = boxes.total(torch.where(used, boxes.profile, 0.0)).to(torch.float64) + alpha
@@ -114,19 +150,16 @@ def _posterior_of_boxes(
     s_low = _s_from_share(torch.clamp(mode - left, min=0.0), a_low, c_low)
     s_high = _s_from_share(torch.clamp(mode + right, max=1.0), a_low, c_low)
 
-    point, gauss_weight = (torch.from_numpy(t).to(a.device) for t in np.polynomial.legendre.leggauss(nodes))
-    s = s_low[:, None] + (s_high - s_low)[:, None] * (0.5 + 0.5 * point)
-    s = torch.clamp(s, 1e-300, 1 - 2**-53)
-    x, log_jacobian = _share_from_s(s, a_low[:, None], c_low[:, None])
+    rule = _Rule(s_low, s_high, a, c)
+    x, log_measure = rule.at(nodes)
     distance = (x - mode[:, None]).to(dtype)
     # log(rate_k / rate_mode) = log(1 + (X_k - X_mode) ratio): nothing cancels in single precision
     per_node = [
         lit.total(lit.counts * torch.log1p(torch.clamp(d[lit.row] * ratio, min=-1 + 1e-7))) for d in distance.unbind(1)
     ]
-    log_h = torch.stack(per_node, 1).to(torch.float64) + a[:, None] * torch.log(x) + c[:, None] * torch.log1p(-x)
-    log_weight = log_h + log_jacobian + torch.log(0.5 * gauss_weight * (s_high - s_low)[:, None])
-    log_integral = torch.logsumexp(log_weight, 1)
-    weight = torch.exp(log_weight - log_integral[:, None])
+    log_rates = torch.stack(per_node, 1).to(torch.float64)
+    log_integral = torch.logsumexp(log_rates + log_measure, 1)
+    weight = torch.exp(log_rates + log_measure - log_integral[:, None])
 
     n_s = total_counts + a + c
     mean_x = (weight * x).sum(1)
@@ -142,7 +175,15 @@ def _posterior_of_boxes(
     log_evidence = at_mode + log_integral + torch.lgamma(n_s) - a * torch.log(p_total) - c * torch.log(q_total)
     log_evidence = log_evidence - factorials + _log_prior_norm(a, alpha) + _log_prior_norm(c, beta)
 
-    quantiles_i = _mixture_quantiles(quantiles, weight, p_total[:, None] / x, n_s, mean_i, var_i)
+    quantiles_i = mean_i.new_empty(len(mean_i), len(quantiles))
+    if quantiles:
+        # a mixture needs nodes closer than the width of S: the smooth part of log h is interpolated to more of them
+        n_fine = _QUANTILE_NODES + (nodes == _QUANTILE_NODES)  # never on the coarse nodes
+        x, log_measure = rule.at(n_fine)
+        fine = torch.softmax(log_rates @ _interpolation(nodes, n_fine).to(log_rates) + log_measure, 1)
+        for column, probability in enumerate(quantiles):
+            rates = p_total[:, None] / x
+            quantiles_i[:, column] = _mixture_quantiles(probability, fine, rates, n_s, mean_i, var_i)
     mean_i, var_i = (torch.where(infinite_i, torch.inf, t) for t in (mean_i, var_i))
     mean_b, var_b = (torch.where(infinite_b, torch.inf, t) for t in (mean_b, var_b))
     return mean_i, var_i, mean_b, var_b, mean_i**2 / var_i, mean_i / var_i, quantiles_i, log_evidence
@@ -154,22 +195,24 @@ def _log_prior_norm(shape: Tensor, rate: Tensor) -> Tensor:
 
 
 def _mixture_quantiles(
-    quantiles: Tensor, weight: Tensor, rate: Tensor, shape: Tensor, mean: Tensor, var: Tensor
+    probability: float, weight: Tensor, rate: Tensor, shape: Tensor, mean: Tensor, var: Tensor
 ) -> Tensor:
-    """Quantiles [N, Q] of the mixture sum_k w_k Gamma(shape, rate_k), by bisection in log I, then Newton."""
-    out = torch.empty(len(mean), len(quantiles), dtype=torch.float64, device=mean.device)
-    for column, probability in enumerate(quantiles.tolist()):
-        sd = var.sqrt()
-        low = torch.log(mean) - 60 * sd / mean
-        high = torch.log(mean + 40 * sd)
-        for _ in range(48):
-            middle = 0.5 * (low + high)
-            scaled = torch.exp(middle)[:, None] * rate
-            cdf = (weight * torch.special.gammainc(shape[:, None].expand_as(scaled), scaled)).sum(1)
-            below = cdf < probability
-            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-        out[:, column] = torch.exp(0.5 * (low + high))
-    return out
+    """Quantile [N] of sum_k w_k Gamma(shape, rate_k): Newton inside a bracket from a Wilson-Hilferty start."""
+    k = mean**2 / var
+    z = math.sqrt(2) * float(torch.erfinv(torch.tensor(2 * probability - 1, dtype=torch.float64)))
+    x = mean * torch.clamp(1 - 1 / (9 * k) + z / (3 * torch.sqrt(k)), min=0.05) ** 3
+    low, high = torch.zeros_like(x), mean + 60 * var.sqrt()
+    shape = shape[:, None]
+    for _ in range(_QUANTILE_STEPS):
+        scaled = x[:, None] * rate
+        above = (weight * torch.special.gammainc(shape.expand_as(scaled), scaled)).sum(1) - probability
+        density = (weight * torch.exp(shape * torch.log(scaled) - scaled - torch.lgamma(shape))).sum(1) / x
+        low, high = torch.where(above < 0, x, low), torch.where(above < 0, high, x)
+        newton = x - above / density
+        x = torch.where((newton > low) & (newton < high), newton, 0.5 * (low + high))
+        if bool((above.abs() < _QUANTILE_TOLERANCE).all()):
+            break
+    return x
 
 
 def intensity_posterior_reference(
@@ -189,8 +232,7 @@ def intensity_posterior_reference(
     n = len(boxes)
     a, alpha = gamma_rows(prior_i, n, boxes.counts)
     c, beta = gamma_rows(prior_bg, n, boxes.counts)
-    wanted = torch.as_tensor(quantiles, dtype=torch.float64, device=counts.device).reshape(-1)
-    return IntensityPosterior(*_posterior_of_boxes(boxes, a, alpha, c, beta, wanted, nodes))
+    return IntensityPosterior(*_posterior_of_boxes(boxes, a, alpha, c, beta, quantiles, nodes))
 
 
 @torch.no_grad()
