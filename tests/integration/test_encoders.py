@@ -29,7 +29,6 @@ def test_axes_are_the_distances_of_voxel_centres(spots, box):
     x, y, z = store.metadata["bbox"][:, 0::2].T
     for row in range(4):
         for iz, iy, ix in [(0, 0, 0), (box[0] - 1, box[1] - 1, box[2] - 1), (box[0] // 2, 1, 2)]:
-            xyz = store.metadata["xyzcal_px"][row]
             centre = np.array([x[row] + ix, y[row] + iy, z[row] + iz]) + 0.5
             distance = [axes[name].expand(-1, *box)[row, iz, iy, ix] for name in ("dx", "dy", "dz")]
             assert 4 * torch.stack(distance).numpy() == pytest.approx(

@@ -19,8 +19,8 @@ from xtalfast.errors import InputError
 from xtalfast.integration.splits import mixed_keys, thin_photons
 
 VALID, OVERLAPPED = 1, 32  # DIALS mask bits
-_BLOCK = 1024  # rows read from one place of a store
-_POOL = 16  # blocks shuffled together: 40 MB of counts of the paper's box, so a cold disk is read nearly in order
+_BLOCK = 4096  # rows read from one place of a store
+_POOL = 4  # blocks shuffled together: 43 MB of counts of the paper's box, so a cold disk is read nearly in order
 
 
 class ShoeboxSource(Protocol):

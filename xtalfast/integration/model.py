@@ -123,7 +123,7 @@ class IntegrationModel(nn.Module):
         """
         latent = self.encoder(batch)
         profile = self.profile(latent, batch)
-        log_i, log_cv_i, log_bg, log_cv_bg = moments_start(batch, materialise(profile).detach())
+        log_i, log_cv_i, log_bg, log_cv_bg = moments_start(batch, materialise(profile))
         amplitude = torch.stack([log_i, log_bg], 1) - self.log_scale
         features = torch.cat([latent, amplitude], 1)
         if self.config.posterior.start == "constant":

@@ -23,6 +23,7 @@ from xtalfast.integration.data import ProfileSource, ShoeboxLoader, ShoeboxSourc
 from xtalfast.integration.model import IntegrationModel
 from xtalfast.integration.splits import held_out
 from xtalfast.integration.statistics import DataStatistics
+from xtalfast.integration.store import Reason
 from xtalfast.io.files import write_text
 
 if TYPE_CHECKING:
@@ -198,10 +199,11 @@ def _spread(rows: NDArray[np.int64], n: int) -> NDArray[np.int64]:
 
 
 def _usable(store: ShoeboxSource) -> NDArray[np.bool_]:
-    """Rows whose box touches the images; a store without the `reason` column has no others."""
+    """Rows with a spot in the images; a store without the `reason` column has no others."""
     if "reason" not in store.metadata:
         return np.ones(store.n, bool)
-    return np.asarray(store.metadata["reason"]) == 0
+    absent = Reason.NoExperiment | Reason.NotFinite | Reason.OffPanel | Reason.OutOfScan | Reason.NoPixels
+    return (np.asarray(store.metadata["reason"]) & absent) == 0
 
 
 def _csv(history: list[dict[str, float]]) -> str:
