@@ -196,11 +196,11 @@ def bounding_boxes(experiment: Experiment, panel: NDArray, s1: Array, z: Array, 
 
 
 def fixed_boxes(xyz_px: Array, box: tuple[int, int, int]) -> NDArray[np.int32]:
-    """Boxes [N, 6] of one size (z, y, x) whose middle voxel holds the position [N, 3]; zero where it is not finite."""
+    """Boxes [N, 6] of one size (z, y, x) whose middle voxel holds the position [N, 3]; at 0 where it is not finite."""
     size = np.array(box)[::-1]
-    with np.errstate(invalid="ignore"):
-        low = np.floor(xyz_px) - size // 2
-    return _int_boxes(np.stack([low, low + size], axis=-1).reshape(-1, 6))
+    good = np.all(np.abs(xyz_px) < 2**30, axis=1)
+    low = np.floor(np.where(good[:, None], xyz_px, size // 2)) - size // 2
+    return np.stack([low, low + size], axis=-1).reshape(-1, 6).astype(np.int32)
 
 
 def _int_boxes(box: Array) -> NDArray[np.int32]:

@@ -43,9 +43,9 @@ def index_from_lab(experiment: Experiment, z: NDArray) -> Array:
     return np.linalg.inv(setting).astype(float)
 
 
-def extinguishing_operations(group: gemmi.SpaceGroup) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+def extinguishing_operations(group: gemmi.GroupOps) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Rotations [K, 3, 3] and translations [K, 3], in units of 1/24, of the operations that have a translation."""
-    operations = [(op.rot, np.array(op.tran) % gemmi.Op.DEN) for op in group.operations() if any(op.tran)]
+    operations = [(op.rot, np.array(op.tran) % gemmi.Op.DEN) for op in group if any(op.tran)]
     rotation = np.array([r for r, t in operations if t.any()], np.int32).reshape(-1, 3, 3)
     translation = np.array([t for _, t in operations if t.any()], np.int32).reshape(-1, 3)
     return rotation, translation
@@ -73,7 +73,7 @@ def mark_overlaps_reference(
     assert experiment.crystal is not None
     matrix = index_from_lab(experiment, spots.xyz_px[:, 2])
     centre = np.einsum("nij,nj->ni", matrix, spots.s1 - experiment.beam.s0)
-    operations = experiment.crystal.space_group.operations()
+    operations = experiment.crystal.operations
     for i in range(len(spots.hkl)):
         nearest = _voxel_indices(experiment, panel, spots, i, centre)
         foreign = (nearest != spots.hkl[i]).any(1) & ~operations.systematic_absences(nearest.astype(np.int32))
@@ -108,7 +108,7 @@ def mark_overlaps(
     images = np.ascontiguousarray(index_from_lab(experiment, np.arange(first, last) + 0.5))
     vectors = np.ascontiguousarray([model.origin, model.fast * model.pixel_size[0], model.slow * model.pixel_size[1]])
     shift = np.ascontiguousarray(spots.xyz_px[:, :2] - spots.xyz_mm[:, :2] / np.asarray(model.pixel_size))
-    rotation, translation = extinguishing_operations(experiment.crystal.space_group)
+    rotation, translation = extinguishing_operations(experiment.crystal.operations)
     bbox, hkl = np.ascontiguousarray(spots.bbox, np.int32), np.ascontiguousarray(spots.hkl, np.int32)
     offset, s0 = np.ascontiguousarray(offset, np.int64), np.ascontiguousarray(experiment.beam.s0)
     _native.C.mark_overlaps(

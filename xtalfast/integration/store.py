@@ -122,7 +122,7 @@ class ShoeboxStore:
         if isinstance(counts, np.ndarray):
             if mask is None or counts.shape != mask.shape:
                 raise InputError(
-                    f"mask must be uint8 {list(counts.shape)} like counts, got {None if mask is None else list(mask.shape)}"
+                    f"mask must be uint8 {list(counts.shape)} like counts, got {getattr(mask, 'shape', None)}"
                 )
             step = max(SHARD_VOXELS // volume, 1)
             blocks: Iterable[tuple[NDArray, NDArray]] = (
