@@ -370,7 +370,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
-    """50 and 500 images, read from one file: 630 MB of pixels more. What grows is 0.8 kB per reflection, 20 an image."""
+    """50 and 500 images, read from one file: 630 MB of pixels more. What grows is 0.8 kB a reflection."""
     image = np.random.default_rng(0).poisson(1.0, (700, 500)).astype(np.int32)
     write_cbf(tmp_path / "same.cbf", image, HEADER)
     peak = {}

@@ -48,7 +48,8 @@ def extract_store(
 
     Every row of the table gets a row of the store, in another order (`metadata["row"]`): those off the panel or the
     scan, with NaN positions or without an experiment too, with a `Reason` and no valid pixels where there are none.
-    Memory: a few images and shards, and 0.8 kB per reflection. Called again after an interruption it goes on where it stopped; a finished store is opened.
+    Memory: a few images and shards, and 0.8 kB per reflection. Called again after an interruption it goes on where it
+    stopped; a finished store is opened.
 
     Args:
         table: at least `miller_index` and `xyzcal.px`; what else is needed is computed (`add_derived_columns`).
