@@ -7,7 +7,8 @@ PYTEST_ARGS ?=
 BASE ?= HEAD~1
 DATA ?= ../shared/data
 BIN := $(VENV)/bin
-export OMP_NUM_THREADS ?= 2
+# Threads that wait asleep: spinning ones slow a busy machine down tenfold.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help system setup build demo test bench bench-compare results lint format docs new-op clean
 
@@ -35,7 +36,7 @@ demo: setup  ## simulate a data set, integrate it, compare with its truth: demo/
 	$(BIN)/xtalfast demo -o demo
 
 test: setup  ## the whole test-suite
-	$(BIN)/pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 
 bench: setup  ## speed ratios against in-run baselines, compared with bench/baseline.json
 	OMP_NUM_THREADS=1 $(BIN)/pytest bench --benchmark-sort=name --benchmark-columns=min,median,rounds $(PYTEST_ARGS)
