@@ -201,9 +201,10 @@ class GammaHead(nn.Module):
 def moments_start(batch: ShoeboxBatch, profile: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log mean and log cv of intensity and background from a linear fit of one spot shape, each [B].
 
-    The background is the mean of voxels where the shape is below 1 % of its peak; the intensity and its standard
-    deviation s follow by least squares and are made positive as (I + sqrt(I^2 + (1.6 s)^2)) / 2, which is the mean of
-    the normal cut at 0 for I = 0. No voxel used: both start at one count with cv 1.
+    The background is the mean of voxels where the shape is below 2 % of its peak, with more weight the lower it is. The
+    intensity and its standard deviation s follow by least squares and are made positive as
+    (I + sqrt(I^2 + (1.6 s)^2)) / 2, which for I = 0 is the mean of the normal cut at 0. A box without a used voxel
+    starts at one count with cv 1.
 
     Args:
         batch: shoeboxes.
@@ -212,7 +213,8 @@ def moments_start(batch: ShoeboxBatch, profile: Tensor) -> tuple[Tensor, Tensor,
     used = batch.used.to(torch.float32)
     y = batch.counts.to(torch.float32) * used
     p = profile.to(torch.float32).expand_as(y)
-    rim = used * (p < 0.01 * p.amax(1, keepdim=True))
+    # Linear, not a step: the loss of a network stays continuous in its spot shape.
+    rim = used * (1 - p / (0.02 * p.amax(1, keepdim=True))).clamp(min=0)
     n_rim = rim.sum(1)
     background = ((y * rim).sum(1) + 0.5) / (n_rim + 0.5)
     pp = p * p * used
