@@ -186,8 +186,8 @@ class Extraction:
         start = spots.ptr[rows] - spots.ptr[shard.start]
         bad = np.uint8(Reason.NoExperiment | Reason.NotFinite)
         good = (spots.columns["reason"][rows] & bad) == 0
-        n_valid = np.add.reduceat(np.append(shard.mask, 0), start, dtype=np.int64) if len(rows) else start
-        empty = (n_valid == 0) | (np.diff(spots.ptr[shard.start : shard.stop + 1]) == 0)
+        any_valid = np.maximum.reduceat(np.append(shard.mask, np.uint8(0)), start)
+        empty = (any_valid == 0) | (np.diff(spots.ptr[shard.start : shard.stop + 1]) == 0)
         shard.reason[empty] |= np.uint8(Reason.NoPixels)
         ids, panels = spots.columns["id"][rows], spots.columns["panel"][rows]
         for e in np.unique(ids[good]).tolist():

@@ -24,7 +24,7 @@ from xtalfast.io.files import replacing, write_text
 Rows = NDArray[np.int64]
 
 VALID, OVERLAPPED = 1, 32  # DIALS mask bits
-SHARD_VOXELS = 1 << 22  # 13 MB of counts and mask: small beside memory, large beside a seek
+SHARD_VOXELS = 1 << 21  # 6 MB of counts and mask: small beside memory, large beside a seek
 _OPEN_SHARDS = 8  # mapped at once; mapped pages count as resident memory
 _FORMAT = "xtalfast shoebox store"
 
