@@ -5,14 +5,46 @@
 #include <cstdint>
 
 #include "byte_offset.hpp"
+#include "density_map.hpp"
 #include "extract_shoeboxes.hpp"
 #include "mark_overlaps.hpp"
+#include "poisson_gamma_elbo.hpp"
 
 namespace py = pybind11;
 
 namespace {
 
 template <class T> T *pointer(std::uintptr_t address) { return reinterpret_cast<T *>(address); }
+
+// The arguments that density_map and its backward share, by name.
+xtalfast::AtomMaps atom_maps(const py::dict &d) {
+  const auto address = [&](const char *name) { return d[name].cast<std::uintptr_t>(); };
+  return {pointer<void>(address("coords")),
+          pointer<std::int64_t>(address("element")),
+          pointer<void>(address("b_iso")),
+          pointer<void>(address("occupancy")),
+          pointer<double>(address("form_factors")),
+          pointer<std::int64_t>(address("ptr")),
+          pointer<double>(address("orth")),
+          pointer<double>(address("frac")),
+          pointer<std::int64_t>(address("grid")),
+          pointer<std::int64_t>(address("offset")),
+          d["n_maps"].cast<std::int64_t>(),
+          d["n_atoms"].cast<std::int64_t>(),
+          d["cutoff"].cast<double>(),
+          d["blur"].cast<double>(),
+          d["wide"].cast<bool>()};
+}
+
+// The shoeboxes of the intensity kernels, by name.
+xtalfast::Shoeboxes shoeboxes(const py::dict &d) {
+  const auto address = [&](const char *name) { return d[name].cast<std::uintptr_t>(); };
+  return {pointer<void>(address("counts")),      static_cast<xtalfast::CountType>(d["count_type"].cast<int>()),
+          pointer<void>(address("mask")),        static_cast<xtalfast::MaskType>(d["mask_type"].cast<int>()),
+          pointer<std::int64_t>(address("ptr")), d["n"].cast<std::int64_t>(),
+          d["pixels"].cast<std::int64_t>(),      pointer<void>(address("background")),
+          d["background_rows"].cast<bool>(),     d["threads"].cast<int>()};
+}
 
 } // namespace
 
@@ -95,4 +127,77 @@ PYBIND11_MODULE(_C, m) {
       py::arg("mask"), py::arg("index_from_lab"), py::arg("z_begin"), py::arg("n_z"), py::arg("panel"), py::arg("s0"),
       py::arg("wavelength"), py::arg("rotation"), py::arg("translation"), py::arg("n_ops"), py::arg("denominator"),
       py::arg("bit"), py::arg("n_threads"), py::call_guard<py::gil_scoped_release>());
+
+  // The functions on a CUDA device -> 0 or a cudaError_t.
+  m.def(
+      "density_map",
+      [](const py::dict &maps, std::uintptr_t density, int n_threads) {
+        const xtalfast::AtomMaps atoms = atom_maps(maps);
+        const py::gil_scoped_release release;
+        xtalfast::density_map(atoms, pointer<void>(density), n_threads);
+      },
+      py::arg("maps"), py::arg("density"), py::arg("n_threads"));
+#ifdef XTALFAST_WITH_CUDA
+  m.attr("density_brick") = xtalfast::density_brick;
+  m.def("density_map_workspace", [](const py::dict &maps) { return xtalfast::density_map_workspace(atom_maps(maps)); });
+  m.def(
+      "density_map_cuda",
+      [](const py::dict &maps, std::uintptr_t brick_ptr, std::int64_t n_bricks, std::uintptr_t workspace,
+         std::uintptr_t density, std::uintptr_t stream) {
+        const xtalfast::DensityBricks bricks{pointer<std::int64_t>(brick_ptr), n_bricks, pointer<void>(workspace)};
+        return xtalfast::density_map_cuda(atom_maps(maps), bricks, pointer<void>(density), pointer<void>(stream));
+      },
+      py::arg("maps"), py::arg("brick_ptr"), py::arg("n_bricks"), py::arg("workspace"), py::arg("density"),
+      py::arg("stream"));
+#endif
+  m.def(
+      "density_map_backward",
+      [](const py::dict &maps, std::uintptr_t grad, std::uintptr_t coords, std::uintptr_t b_iso,
+         std::uintptr_t occupancy, bool on_cuda, std::uintptr_t stream, int n_threads) {
+        const xtalfast::AtomMaps atoms = atom_maps(maps);
+        const xtalfast::AtomGradients out{pointer<void>(grad), pointer<void>(coords), pointer<void>(b_iso),
+                                          pointer<void>(occupancy)};
+        const py::gil_scoped_release release;
+        if (!on_cuda) {
+          xtalfast::density_map_backward(atoms, out, n_threads);
+          return 0;
+        }
+#ifdef XTALFAST_WITH_CUDA
+        return xtalfast::density_map_backward_cuda(atoms, out, pointer<void>(stream));
+#else
+        (void)stream;
+        return -1;
+#endif
+      },
+      py::arg("maps"), py::arg("grad"), py::arg("coords"), py::arg("b_iso"), py::arg("occupancy"), py::arg("on_cuda"),
+      py::arg("stream"), py::arg("n_threads"));
+
+  m.def("poisson_gamma_elbo", [](const py::dict &boxes, const py::dict &d) {
+    const auto address = [&](const char *name) { return d[name].cast<std::uintptr_t>(); };
+    const xtalfast::ElboArguments arguments{shoeboxes(boxes),
+                                            boxes["wide"].cast<bool>(),
+                                            d["gradients"].cast<bool>(),
+                                            static_cast<xtalfast::ProfileKind>(d["profile_kind"].cast<int>()),
+                                            pointer<void>(address("profile")),
+                                            pointer<void>(address("mean")),
+                                            pointer<void>(address("scale_tril")),
+                                            pointer<void>(address("grid")),
+                                            pointer<double>(address("q")),
+                                            pointer<double>(address("prior")),
+                                            d["nodes"].cast<int>(),
+                                            d["samples"].cast<int>(),
+                                            pointer<double>(address("draws_i")),
+                                            pointer<double>(address("draws_b")),
+                                            pointer<double>(address("loss")),
+                                            pointer<double>(address("divergence")),
+                                            pointer<void>(address("grad_profile")),
+                                            pointer<void>(address("grad_mean")),
+                                            pointer<void>(address("grad_scale")),
+                                            pointer<double>(address("grad_q")),
+                                            pointer<double>(address("grad_draws_i")),
+                                            pointer<double>(address("grad_draws_b")),
+                                            pointer<double>(address("grad_divergence"))};
+    const py::gil_scoped_release release;
+    xtalfast::poisson_gamma_elbo(arguments);
+  });
 }
