@@ -27,8 +27,10 @@ class ShoeboxSource(Protocol):
     """What is needed of a `ShoeboxStore`: equal boxes of n_pixels voxels, gathered by row number."""
 
     n: int
-    box: tuple[int, int, int]
     metadata: Any
+
+    @property
+    def box(self) -> tuple[int, int, int] | None: ...
 
     def counts(self, rows: NDArray[np.int64]) -> NDArray: ...
 
