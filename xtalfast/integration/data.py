@@ -94,7 +94,7 @@ def read_batch(store: ShoeboxSource, rows: NDArray[np.int64], profiles: ProfileS
         mask=torch.from_numpy(store.mask(rows)),
         xyzcal_px=torch.from_numpy(np.asarray(store.metadata["xyzcal_px"][rows], np.float32)),
         bbox=torch.from_numpy(np.asarray(store.metadata["bbox"][rows], np.int32)),
-        box=_box(store.box),
+        box=common_box([store]),
         profile=None if profiles is None else profiles.profiles(rows).float(),
     )
 
@@ -120,16 +120,11 @@ def common_box(stores: Sequence[ShoeboxSource]) -> tuple[int, int, int]:
     """
     if not stores or not sum(store.n for store in stores):
         raise InputError("training needs a shoebox store with at least one reflection, got none")
-    boxes = {None if store.box is None else _box(store.box) for store in stores}
+    boxes = {store.box for store in stores}
     box = boxes.pop()
     if box is None or boxes:
         raise InputError(f"stores must have one fixed box, got {[box, *boxes]}; extract with the same --box z,y,x")
     return box
-
-
-def _box(sizes: Sequence[int]) -> tuple[int, int, int]:
-    z, y, x = sizes
-    return int(z), int(y), int(x)
 
 
 class ShoeboxLoader:
@@ -237,7 +232,7 @@ class CachedProfiles:
     def __init__(self, source: ProfileSource, store: ShoeboxSource, path: Path) -> None:
         from xtalfast.io.files import replacing
 
-        shape = (store.n, int(np.prod(store.box)))
+        shape = (store.n, int(np.prod(common_box([store]))))
         if not path.is_file():
             with replacing(path) as temporary:
                 out = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
