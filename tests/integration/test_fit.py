@@ -165,11 +165,11 @@ def test_two_processes_give_the_result_of_one(store, whole, tmp_path):
 def test_another_run_in_the_directory_is_refused_or_replaced(store, whole, tmp_path):
     first = train([store], small(), tmp_path, device="cpu", max_steps=2)
     for config, arguments, what in (
-        (small(lr=1.0), {}, "config"),
-        (small(), {"seed": 1}, "seed"),
-        (small(), {"max_steps": 3}, "total"),
+        (small(lr=1.0), {}, "other network settings"),
+        (small(), {"seed": 1}, "another seed"),
+        (small(), {"max_steps": 3}, "another number of epochs or steps"),
     ):
-        with pytest.raises(InputError, match=f"another {what}"):
+        with pytest.raises(InputError, match=what):
             train([store], config, tmp_path, device="cpu", **{"max_steps": 2, **arguments})
     again = train([store], small(), tmp_path, device="cpu", seed=1, max_steps=2, resume=False)
     assert again.history[-1]["val_loss"] != first.history[-1]["val_loss"]

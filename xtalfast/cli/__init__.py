@@ -26,7 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise
             raise MissingExtraError(error.name, "cli", "the command line") from error
         return run(arguments)
-    except (InputError, MissingExtraError) as error:
+    except BrokenPipeError:  # `xtalfast stats ... | head`: whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (InputError, MissingExtraError, OSError) as error:
         if "--debug" in arguments:
             raise
         print(f"xtalfast: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -61,5 +61,6 @@ def run(arguments: Sequence[str]) -> int:
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "xtalfast"
         message = error.format_message() if hasattr(error, "format_message") else str(error)
+        message = message or "no command given"  # the help has been printed
         raise InputError(f"{message} (see {path} --help)") from error
     return status if isinstance(status, int) else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,6 +61,17 @@ class ProgressBars:
         self._progress.stop()
 
 
+class _LogFile(logging.FileHandler):
+    """A log file that stays silent when it cannot be written: the error to read is the one of the output file."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
 @contextmanager
 def logging_to(log: Path | None, quiet: bool) -> Iterator[None]:
     """Send the package's messages to the terminal (unless quiet) and, with times, to the file `log`."""
@@ -70,7 +81,7 @@ def logging_to(log: Path | None, quiet: bool) -> Iterator[None]:
     if not quiet:
         handlers.append(RichHandler(console=console, show_time=False, show_level=False, show_path=False))
     if log is not None:
-        handlers.append(logging.FileHandler(log, mode="w", encoding="utf-8"))
+        handlers.append(_LogFile(log, mode="w", encoding="utf-8"))
         handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for handler in handlers:
         logger.addHandler(handler)

@@ -37,9 +37,11 @@ def make_output(directory: Path) -> Path:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot make the output directory {directory}: {error.strerror}") from error
+        raise InputError(
+            f"cannot make the output directory {directory}: {error.strerror}; choose another one with -o"
+        ) from error
     if not os.access(directory, os.W_OK | os.X_OK):
-        raise InputError(f"cannot write into {directory}: permission denied; choose another directory with -o")
+        raise InputError(f"cannot write into {directory}: it is read-only for you; choose another directory with -o")
     return directory
 
 

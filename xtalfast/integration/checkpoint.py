@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from dataclasses import dataclass, field
@@ -13,9 +14,16 @@ import torch
 from xtalfast.errors import InputError
 from xtalfast.integration.config import IntegrationConfig
 from xtalfast.integration.model import IntegrationModel
-from xtalfast.io.files import replacing
+from xtalfast.io.files import write_bytes
 
 FORMAT = 1
+_WORDS = {
+    "format": "another version of xtalfast",
+    "config": "other network settings",
+    "seed": "another seed",
+    "total": "another number of epochs or steps",
+    "split": "other reflections",
+}
 
 
 @dataclass
@@ -46,8 +54,9 @@ def save_checkpoint(
 ) -> None:
     """Write all that `resume_run` needs; `identity` says which run it is."""
     state = identity | {"model": network.state_dict(), "optimizer": optimizer.state_dict(), "run": vars(run)}
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
+    content = io.BytesIO()  # torch.save to a full disk raises no OSError
+    torch.save(state, content)
+    write_bytes(path, content.getvalue())
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
@@ -73,7 +82,10 @@ def resume_run(
     saved = _read_checkpoint(path)
     for name, wanted in identity.items():
         if saved[name] != wanted:
-            raise InputError(f"{path} is of a run with another {name}; choose another directory or resume=False")
+            raise InputError(
+                f"{path} is of a run with {_WORDS.get(name, name)}; "
+                "start anew with --restart (resume=False), or choose another directory"
+            )
     network.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     return Run(**saved["run"])

@@ -22,6 +22,18 @@ if TYPE_CHECKING:
 
 Rows = NDArray[np.int64]
 
+# Kinds of numpy's dtype and shape of a row, for the columns that are read here.
+_COLUMN_KINDS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "miller_index": ("iu", (3,)),
+    "xyzcal.px": ("f", (3,)),
+    "id": ("iu", ()),
+    "panel": ("iu", ()),
+    "flags": ("iu", ()),
+    "bbox": ("iu", (6,)),
+    "s1": ("f", (3,)),
+    "xyzcal.mm": ("f", (3,)),
+    **{name: ("f", ()) for name in ("d", "zeta", "lp", "qe", "partiality")},
+}
 PREDICTED = 1  # DIALS flag of a row that comes from a prediction
 FIXED_BOX = (3, 21, 21)  # z, y, x: the box of a reflection without a profile model
 SIGMA_B_MULTIPLIER = 2.0  # DIALS doubles the spot's extent on the detector to hold its background
@@ -235,6 +247,18 @@ def check_panels(panel: NDArray, experiment: Experiment) -> None:
         )
 
 
+def _check_columns(table: ReflectionTable) -> None:
+    """Raise InputError for a column whose type is not that of DIALS' column of this name."""
+    for name, (kinds, shape) in _COLUMN_KINDS.items():
+        if name not in table:
+            continue
+        values = table.columns[name]
+        if not isinstance(values, np.ndarray) or values.dtype.kind not in kinds or values.shape[1:] != shape:
+            wanted = f"{'real numbers' if kinds == 'f' else 'integers'} [N{''.join(f', {size}' for size in shape)}]"
+            got = f"{values.dtype} {list(values.shape)}" if isinstance(values, np.ndarray) else type(values).__name__
+            raise InputError(f"column {name!r} must be {wanted}, got {got}; make the table again with dials.predict")
+
+
 def add_derived_columns(
     table: ReflectionTable, experiments: Sequence[Experiment], *, recompute: bool = False
 ) -> ReflectionTable:
@@ -257,6 +281,7 @@ def add_derived_columns(
         InputError: a needed column is missing, or an id or panel is not in the experiments.
     """
     table.require("miller_index", "xyzcal.px")
+    _check_columns(table)
     n = len(table)
     index = experiment_index(table, experiments)
     position = np.asarray(table["xyzcal.px"], float)

@@ -115,6 +115,8 @@ class IntegrationConfig:
         path = Path(name) if str(name).endswith(".toml") else PRESETS / f"{name}.toml"
         if not path.is_file():
             known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.toml")))
+            if str(name).endswith(".toml"):
+                raise InputError(f"preset: no file {name}; a preset is one of {known} or a .toml file")
             raise InputError(f"preset must be one of {known} or a .toml file, got {name!s}")
         try:
             values = tomllib.loads(path.read_text())

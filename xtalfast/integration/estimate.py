@@ -253,10 +253,11 @@ def fit_priors(
         profile, coverage = _profiles(source, reference, part.rows)
         fit = profile_fit(torch.from_numpy(part.counts), torch.from_numpy(use), profile)
         good = _usable(profile, coverage, part, use)
+        share = np.where(good, coverage, 1.0)  # some boxes hold nothing of their spot
         values = np.stack(
             [
-                fit.i.numpy() / coverage,
-                fit.var_i.numpy() / coverage**2,
+                fit.i.numpy() / share,
+                fit.var_i.numpy() / share**2,
                 columns["background.mean"],
                 columns["background.variance"],
                 part.rows,

@@ -18,6 +18,7 @@ from xtalfast.errors import InputError, MissingExtraError
 from xtalfast.integration.checkpoint import load_checkpoint, resume_run
 from xtalfast.integration.config import IntegrationConfig
 from xtalfast.integration.data import CachedProfiles, ProfileSource, ShoeboxSource, common_box
+from xtalfast.integration.device import choose_device
 from xtalfast.integration.evaluate import evaluate
 from xtalfast.integration.trainer import Progress, Trainer, TrainingData
 
@@ -83,12 +84,14 @@ def train(
         resume: continue from `last.ckpt`; False starts anew.
         reference_profiles: one source a store, needed by the profile model "dials".
         progress: called as progress("train", step, steps).
-        device: "cpu", "cuda" or "auto".
+        device: "cpu", "cuda", "cuda:N" or "auto".
 
     Raises:
         InputError: unusable stores, a run of other settings in `run_dir`, or a loss that is no longer finite.
         MissingExtraError: lightning or tensorboard is not installed.
     """
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed must be from 0 to 2^63 - 1, got {seed}")
     run_dir = Path(run_dir)
     config = replace(config, box=common_box(stores))
     if epochs is not None:
@@ -143,11 +146,15 @@ def _launch(precision: Literal["32-true", "bf16-mixed", "16-mixed"], device: str
         from lightning.fabric import Fabric
     except ImportError as error:
         raise MissingExtraError("lightning", "train", "training") from error
+    chosen = choose_device(device)
     # torchrun sets these; started alone, this is the one process.
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     fabric = Fabric(
-        accelerator=device, devices=local, num_nodes=world // local, precision=precision,
+        accelerator=chosen.type,
+        devices=local if chosen.index is None else [chosen.index],
+        num_nodes=world // local,
+        precision=precision,
         strategy="ddp" if world > 1 else "auto",
-    )  # fmt: skip
+    )
     fabric.launch()
     return fabric

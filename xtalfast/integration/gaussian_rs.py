@@ -508,7 +508,9 @@ class CellGrid:
             first = np.cross(beam, across)
             first /= np.linalg.norm(first)
             second = np.cross(beam, first) / np.linalg.norm(beam)
-            result[at, :2] = s1[at] @ np.stack([first, second], axis=1) / np.linalg.norm(s1[at], axis=1, keepdims=True)
+            with np.errstate(invalid="ignore"):  # reflections without a position have no direction: NaN
+                unit = s1[at] / np.linalg.norm(s1[at], axis=1, keepdims=True)
+            result[at, :2] = unit @ np.stack([first, second], axis=1)
         return result
 
     def weights(self, coordinates: Array) -> Tensor:

@@ -17,19 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from xtalfast.errors import InputError
 from xtalfast.integration import fit
 from xtalfast.integration.columns import add_derived_columns
 from xtalfast.integration.config import IntegrationConfig
+from xtalfast.integration.device import choose_device
 from xtalfast.integration.estimate import Estimates, estimate
 from xtalfast.integration.gaussian_rs import ReferenceProfiles
 from xtalfast.integration.model import IntegrationModel, NetworkProfiles
 from xtalfast.integration.outputs import RunResults, fill_table, write_outputs
 from xtalfast.integration.shoeboxes import ShoeboxStore, extract_store, store_from_shoebox_column
+from xtalfast.integration.store import NO_SPOT, Reason
 from xtalfast.io import ExperimentList, ReflectionTable, ShoeboxColumn, read_expt, read_refl, write_expt
+from xtalfast.io.files import remove_partial
 
 __all__ = ["IntegrateOptions", "IntegrationResult", "Prepared", "integrate", "open_prepared", "prepare"]
 
@@ -37,6 +39,13 @@ logger = logging.getLogger("xtalfast")
 Progress = Callable[[str, int, int], None]
 
 PUBLISH = ("likelihood", "posterior")
+_WHY_NO_SPOT = {
+    Reason.NoExperiment: "not indexed (id -1)",
+    Reason.NotFinite: "with a position that is not finite",
+    Reason.OffPanel: "off their panel",
+    Reason.OutOfScan: "outside the scan",
+    Reason.NoPixels: "without a valid pixel",
+}
 
 
 @dataclass(frozen=True)
@@ -63,19 +72,22 @@ class IntegrateOptions:
             raise InputError(f"publish must be one of {', '.join(PUBLISH)}, got {self.publish!r}")
         if self.weights is not None and not Path(self.weights).is_file():
             raise InputError(f"weights: no file {self.weights}; give the .ckpt that `xtalfast train integration` wrote")
+        if self.truth is not None and not Path(self.truth).is_file():
+            raise InputError(f"truth: no file {self.truth}; give the truth.npz that `xtalfast simulate` wrote")
         if self.d_min is not None and not self.d_min > 0:
             raise InputError(f"d_min must be a positive resolution in A, got {self.d_min}")
         if self.box is not None and (len(self.box) != 3 or min(self.box) < 1):
             raise InputError(f"box must be three positive sizes z, y, x, got {self.box}")
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise InputError(f"device {self.device!r}: torch sees no GPU here; use --device cpu")
+        if self.epochs is not None and self.epochs < 1:
+            raise InputError(f"epochs must be at least 1, got {self.epochs}")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed must be from 0 to 2^63 - 1, got {self.seed}")
+        choose_device(self.device)
 
     @property
     def torch_device(self) -> str:
         """The device where networks and fits run."""
-        if self.device == "auto":
-            return "cuda" if torch.cuda.is_available() else "cpu"
-        return self.device
+        return str(choose_device(self.device))
 
 
 @dataclass
@@ -244,6 +256,12 @@ def _read(
     if "miller_index" not in table and "shoebox" in table:
         table["miller_index"] = np.zeros((len(table), 3), np.int32)
         logger.warning("no column miller_index: spots are not indexed, so intensities cannot be scaled or merged")
+    missing = [name for name in ("miller_index", "xyzcal.px") if name not in table]
+    if missing:
+        raise InputError(
+            f"{source['reflections']}: no column {', '.join(map(repr, missing))}; present: {', '.join(table)}; "
+            "make the table with dials.predict, or give the indexed or refined one"
+        )
     add_derived_columns(table, experiments)
     return table, experiments, source
 
@@ -269,6 +287,7 @@ def _prepare(
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make the output directory {directory}: {error.strerror}") from error
+    remove_partial(directory)
     if not options.resume:
         _forget(directory)
     rows = _rows_to_extract(table, options.d_min)
@@ -288,6 +307,7 @@ def _prepare(
             verify=options.verify,
             progress=progress,
         )
+    _check_spots(store)
     write_expt(directory / "models.expt", experiments)
     if profile_file.is_file():
         profiles = ReferenceProfiles.load(profile_file, store, experiments)
@@ -306,6 +326,20 @@ def _rows_to_extract(table: ReflectionTable, d_min: float | None) -> NDArray[np.
             f"d_min {d_min} A leaves no reflection; the best resolution in the table is {table['d'].min():.2f} A"
         )
     return rows
+
+
+def _check_spots(store: ShoeboxStore) -> None:
+    """Raise InputError when no intensity can be had from any reflection."""
+    reason = np.asarray(store.metadata["reason"][:])
+    if ((reason & np.uint8(NO_SPOT)) != 0).all():
+        found = ", ".join(
+            f"{count} {words}"
+            for bit, words in _WHY_NO_SPOT.items()
+            if (count := store.statistics["reasons"][bit.name])
+        )
+        raise InputError(
+            f"none of the {store.n} reflections can be integrated ({found}); give the .expt and .refl of one DIALS job"
+        )
 
 
 def _forget(directory: Path) -> None:
@@ -335,8 +369,8 @@ def _has_images(experiments: ExperimentList) -> bool:
 def _network_config(options: IntegrateOptions) -> IntegrationConfig | None:
     """What to train; None with given weights."""
     if options.weights is not None:
-        for name in ("encoder", "profile", "epochs"):
-            if getattr(options, name) is not None:
+        for name in ("preset", "encoder", "profile", "epochs"):
+            if getattr(options, name) != getattr(IntegrateOptions, name):
                 raise InputError(f"--{name} is part of the trained network: leave it out with --weights")
         return None
     return IntegrationConfig.preset(options.preset, encoder=options.encoder, profile=options.profile)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 import xtalfast
 from xtalfast.errors import InputError
+from xtalfast.integration.device import choose_device
 from xtalfast.integration.estimate import Estimates
 from xtalfast.integration.gaussian_rs import ReferenceProfiles
 from xtalfast.integration.model import NetworkProfiles
@@ -113,9 +114,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def device_name(device: str) -> str:
+def device_name(device: torch.device) -> str:
     """The processor or GPU behind a torch device."""
-    if device.startswith("cuda"):
+    if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
@@ -195,7 +196,7 @@ def write_outputs(
     record: dict[str, Any] = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
-        "device": device_name("cuda" if parameters["device"] == "cuda" else "cpu"),
+        "device": device_name(choose_device(parameters["device"])),
         "parameters": parameters,
         "network": config,
         "training": training,

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xtalfast.errors import InputError
-from xtalfast.io.files import replacing, write_text
+from xtalfast.io.files import remove_partial, replacing, write_text
 
 Rows = NDArray[np.int64]
 
@@ -40,6 +40,10 @@ class Reason(enum.IntFlag):
     SmallBox = 32  # the box holds less than 95 % of the modelled spot
     Overloaded = 64  # a pixel of the spot is at or above the trusted maximum
     NoPixels = 128  # not one valid pixel
+
+
+# Of rows that no intensity can be had from.
+NO_SPOT = Reason.NoExperiment | Reason.NotFinite | Reason.OffPanel | Reason.OutOfScan | Reason.NoPixels
 
 
 class ShoeboxStore:
@@ -150,7 +154,11 @@ class ShoeboxStore:
     def _shard(self, kind: str, k: int) -> NDArray:
         key = (kind, k)
         if key not in self._maps:
-            self._maps[key] = np.load(self.path / f"{kind}-{k:05d}.npy", mmap_mode="r")
+            file = self.path / f"{kind}-{k:05d}.npy"
+            try:
+                self._maps[key] = np.load(file, mmap_mode="r")
+            except (OSError, ValueError) as error:
+                raise InputError(f"{file} is damaged ({error}); remove {self.path} and extract it again") from error
             if len(self._maps) > 2 * _OPEN_SHARDS:
                 self._maps.popitem(last=False)
         self._maps.move_to_end(key)
@@ -202,10 +210,12 @@ class StoreWriter:
             raise InputError(f"cannot make the store {path}: {error.strerror or error}") from error
         for name in ("store.json", "journal.json"):
             file = self.path / name
-            if file.is_file() and json.loads(file.read_text())["request"] != request:
-                raise InputError(f"{self.path} holds the store of another job; remove it or choose another directory")
-        for leftover in self.path.glob(".*.part"):  # of a process that was killed while it wrote
-            leftover.unlink(missing_ok=True)
+            if file.is_file() and _request_of(file) != request:
+                raise InputError(
+                    f"{self.path} holds the store of another job (other reflections, models or box); choose another "
+                    "directory, or remove it (`xtalfast integrate --restart` does)"
+                )
+        remove_partial(self.path)
         write_text(self.path / "journal.json", json.dumps({"request": request}))
 
     def is_done(self, k: int) -> bool:
@@ -262,6 +272,13 @@ class StoreWriter:
         for leftover in [*names, *reasons, self.path / "journal.json"]:
             leftover.unlink(missing_ok=True)
         return ShoeboxStore.open(self.path)
+
+
+def _request_of(file: Path) -> str:
+    try:
+        return json.loads(file.read_text())["request"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file} is damaged ({error}); remove {file.parent} and extract the store again") from error
 
 
 def _moments(counts: NDArray, mask: NDArray) -> list[float]:

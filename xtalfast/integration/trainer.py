@@ -23,7 +23,7 @@ from xtalfast.integration.data import ProfileSource, ShoeboxLoader, ShoeboxSourc
 from xtalfast.integration.model import IntegrationModel
 from xtalfast.integration.splits import held_out
 from xtalfast.integration.statistics import DataStatistics
-from xtalfast.integration.store import Reason
+from xtalfast.integration.store import NO_SPOT
 from xtalfast.io.files import write_text
 
 if TYPE_CHECKING:
@@ -202,8 +202,7 @@ def _usable(store: ShoeboxSource) -> NDArray[np.bool_]:
     """Rows with a spot in the images; a store without the `reason` column has no others."""
     if "reason" not in store.metadata:
         return np.ones(store.n, bool)
-    absent = Reason.NoExperiment | Reason.NotFinite | Reason.OffPanel | Reason.OutOfScan | Reason.NoPixels
-    return (np.asarray(store.metadata["reason"]) & absent) == 0
+    return (np.asarray(store.metadata["reason"]) & NO_SPOT) == 0
 
 
 def _csv(history: list[dict[str, float]]) -> str:

@@ -214,7 +214,8 @@ def is_cbf(data: bytes) -> bool:
 
 def _parse_header(path: str | os.PathLike, data: bytes) -> CbfHeader:
     if not is_cbf(data):
-        raise InputError(f"{path}: wanted a CBF image (###CBF at its start), got {data[:6]!r}")
+        got = repr(data[:6]) if data else "an empty file"
+        raise InputError(f"{path}: wanted a CBF image (###CBF at its start), got {got}; fetch it again")
     section = data.find(_SECTION)
     start = data.find(_START, section)
     if section < 0 or start < 0:

@@ -32,10 +32,18 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+        # numpy says only how much it could write.
+        reason = error.strerror or f"{error}; the disk is full"
+        raise InputError(f"cannot write {path}: {reason}; make room or choose another directory") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def remove_partial(directory: str | os.PathLike) -> None:
+    """Remove what a process that was killed while it wrote has left below `directory`."""
+    for leftover in Path(directory).rglob(".*.part"):
+        leftover.unlink(missing_ok=True)
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:

@@ -198,7 +198,8 @@ def select_observations(
         )
     batch = np.zeros(len(hkl), np.int32)
     if "xyzcal.px" in table:
-        batch = np.floor(np.asarray(table["xyzcal.px"])[:, 2]).astype(np.int32) + 1
+        z = np.asarray(table["xyzcal.px"])[:, 2]
+        batch = np.floor(np.where(usable, z, 0)).astype(np.int32) + 1  # unusable ones may have no position
     return Observations(
         hkl=hkl[usable],
         I=(intensity * factor)[usable],
