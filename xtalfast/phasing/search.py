@@ -1,0 +1,179 @@
+"""Batches of trials from random phases in P1: the loop of the dual-space solver, and its truth-free call of success."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from xtalfast.phasing.mask import protein_mask
+from xtalfast.phasing.projections import Amplitudes, flatten_solvent
+from xtalfast.phasing.updates import UPDATES
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How trials are run; the defaults were chosen on fragments that are in no test set.
+
+    Attributes:
+        method: one of `UPDATES`.
+        beta: its relaxation; None for the usual one.
+        solvent: fractions of the cell that trials take as solvent, one after the other.
+        radius: of the local density, A.
+        iterations: of a trial.
+        batch: trials that run together.
+        check_every: iterations between two looks at R.
+        mask_every: iterations between two masks.
+        polish: cycles of solvent flipping and flattening after a trial.
+        r_promising: a trial whose R falls below this fraction of the R of random phases is polished at once.
+        r_free_solved: a polished map whose R_free is below is called solved.
+    """
+
+    method: str = "raar"
+    beta: float | None = None
+    solvent: tuple[float, ...] = (0.60, 0.65, 0.70, 0.75)
+    radius: float = 3.0
+    iterations: int = 400
+    batch: int = 4
+    check_every: int = 50
+    mask_every: int = 4
+    polish: int = 20
+    r_promising: float = 0.7
+    r_free_solved: float = 0.35
+
+
+@dataclass
+class Trial:
+    """A map [X, Y, Z] with the measured amplitudes and what is known about it without truth."""
+
+    map: Tensor
+    protein: Tensor
+    r: float
+    r_free: float
+    solvent: float
+    solved: bool = False
+
+
+@dataclass
+class SearchResult:
+    """The best trial, and how the search went.
+
+    Attributes:
+        best: the trial with the lowest R_free after polishing.
+        n_starts: trials begun.
+        iterations: of all trials together.
+        seconds: wall time.
+        history: one row a look: seconds, trial, iteration, solvent, R.
+    """
+
+    best: Trial
+    n_starts: int
+    iterations: int
+    seconds: float
+    history: list[tuple[float, int, int, float, float]] = field(default_factory=list)
+
+
+def random_maps(amplitudes: Amplitudes, n: int, generator: torch.Generator) -> Tensor:
+    """Maps [n, X, Y, Z] with the measured amplitudes and uniformly random phases."""
+    noise = torch.randn((n, *amplitudes.grid.shape), generator=generator).to(amplitudes.values.device)
+    spectrum = amplitudes.grid.to_spectrum(noise)
+    return amplitudes.grid.to_map(torch.where(amplitudes.bound, amplitudes.impose(spectrum), 0))
+
+
+def polish(amplitudes: Amplitudes, maps: Tensor, solvent: Tensor, options: SearchOptions) -> list[Trial]:
+    """Solvent flipping, then flattening until nothing moves; the trials with their R and R_free."""
+    for cycle in range(options.polish):
+        protein = protein_mask(maps, amplitudes.grid, solvent, options.radius)
+        flip = 0.5 if cycle < options.polish // 2 else 0.0
+        maps = amplitudes.project(flatten_solvent(maps, protein, flip))
+    protein = protein_mask(maps, amplitudes.grid, solvent, options.radius)
+    flat = flatten_solvent(maps, protein)
+    r, r_free = amplitudes.r_factors(flat)
+    return [
+        Trial(maps[i], protein[i], float(r[i]), float(r_free[i]), float(solvent[i]), float(r_free[i]) < options.r_free_solved)
+        for i in range(len(maps))
+    ]
+
+
+def search(
+    amplitudes: Amplitudes,
+    options: SearchOptions,
+    *,
+    starts: int | None,
+    max_seconds: float,
+    seed: int,
+    progress: Progress | None = None,
+) -> SearchResult:
+    """Run trials until one is solved, `starts` are used up, or the time is.
+
+    Args:
+        amplitudes: the measured data; a held-out part is what success is called by.
+        options: how trials are run.
+        starts: trials at most; None for as many as the time allows.
+        max_seconds: wall time at most; the trial in flight stops at its next look.
+        seed: of the random phases. With `starts` and enough time the result depends on nothing else.
+        progress: called as progress("starts", done, total).
+    """
+    grid = amplitudes.grid
+    update, usual_beta = UPDATES[options.method]
+    beta = usual_beta if options.beta is None else options.beta
+    generator = torch.Generator().manual_seed(seed)
+    begin = time.monotonic()
+    best: Trial | None = None
+    history: list[tuple[float, int, int, float, float]] = []
+    n_starts = iterations = 0
+
+    def consider(trials: Sequence[Trial]) -> None:
+        nonlocal best
+        for trial in trials:
+            if best is None or trial.r_free < best.r_free:
+                best = trial
+
+    def out_of_time() -> bool:
+        return time.monotonic() - begin > max_seconds
+
+    while (best is None or not best.solved) and not out_of_time() and (starts is None or n_starts < starts):
+        n = options.batch if starts is None else min(options.batch, starts - n_starts)
+        fractions = [options.solvent[(n_starts + i) % len(options.solvent)] for i in range(n)]
+        solvent = torch.tensor(fractions)
+        maps = random_maps(amplitudes, n, generator)
+        r_random: Tensor | None = None
+        tried = torch.zeros(n, dtype=torch.bool)
+        for iteration in range(options.iterations):
+            projected = amplitudes.project(maps)
+            if iteration % options.mask_every == 0:
+                protein = protein_mask(projected, grid, solvent, options.radius)
+            looks = (iteration + 1) % options.check_every == 0
+            if looks:
+                r = amplitudes.r_factors(flatten_solvent(projected, protein))[0].cpu()
+                r_random = r if r_random is None else torch.maximum(r_random, r)
+                elapsed = time.monotonic() - begin
+                history += [
+                    (elapsed, n_starts + i, iteration + 1, fractions[i], float(r[i])) for i in range(n)
+                ]
+                # R falls with the fraction taken as protein, so a trial is held against trials of its own kind.
+                promising = torch.nonzero((r < options.r_promising * reference_r(solvent)) & ~tried)[:, 0]
+                if len(promising):
+                    tried[promising] = True
+                    consider(polish(amplitudes, projected[promising], solvent[promising], options))
+                if (best is not None and best.solved) or out_of_time():
+                    break
+            maps = update(maps, projected, protein, amplitudes, beta)
+        iterations += n * (iteration + 1)
+        n_starts += n
+        if best is None or not best.solved:
+            consider(polish(amplitudes, amplitudes.project(maps), solvent, options))
+        if progress is not None:
+            progress("starts", n_starts, n_starts if starts is None else starts)
+    assert best is not None  # the loop runs at least once
+    return SearchResult(best, n_starts, iterations, time.monotonic() - begin, history)
+
+
+def reference_r(solvent: Tensor) -> Tensor:
+    """R of trials that have not converged, as it was found to depend on the fraction taken as solvent."""
+    return 0.115 + 0.65 * (solvent - 0.55)

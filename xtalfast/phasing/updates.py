@@ -1,0 +1,54 @@
+"""How a dual-space method goes from one density to the next: RAAR, HIO, the difference map and both kinds of flipping."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from xtalfast.phasing.projections import Amplitudes, flatten_solvent
+
+Update = Callable[[Tensor, Tensor, Tensor, Amplitudes, float], Tensor]
+
+
+def raar(maps: Tensor, projected: Tensor, protein: Tensor, amplitudes: Amplitudes, beta: float) -> Tensor:
+    """Relaxed averaged alternating reflections. Ref: Luke (2005) Inverse Problems 21, 37."""
+    reflected = 2 * projected - maps
+    flat = flatten_solvent(reflected, protein)
+    # beta / 2 (R_S R_M x + x) + (1 - beta) P_M x, with R_S R_M x + x = 2 (P_S R_M x - P_M x + x).
+    return beta * (flat + maps) + (1 - 2 * beta) * projected
+
+
+def hio(maps: Tensor, projected: Tensor, protein: Tensor, amplitudes: Amplitudes, beta: float) -> Tensor:
+    """Hybrid input-output. Ref: Fienup (1982) Appl. Opt. 21, 2758."""
+    return torch.where(protein & (projected > 0), projected, maps - beta * projected)
+
+
+def difference_map(maps: Tensor, projected: Tensor, protein: Tensor, amplitudes: Amplitudes, beta: float) -> Tensor:
+    """Elser's difference map with gamma = -+1/beta. Ref: Elser (2003) J. Opt. Soc. Am. A 20, 40."""
+    flat = flatten_solvent(maps, protein)
+    towards_data = projected - (projected - maps) / beta
+    towards_flat = flat + (flat - maps) / beta
+    return maps + beta * (flatten_solvent(towards_data, protein) - amplitudes.project(towards_flat))
+
+
+def charge_flipping(maps: Tensor, projected: Tensor, protein: Tensor, amplitudes: Amplitudes, beta: float) -> Tensor:
+    """Density below `beta` standard deviations changes its sign. Ref: Oszlanyi & Suto (2004) Acta Cryst. A60, 134."""
+    threshold = beta * projected.std((1, 2, 3), keepdim=True)
+    return torch.where(projected > threshold, projected, -projected)
+
+
+def solvent_flipping(maps: Tensor, projected: Tensor, protein: Tensor, amplitudes: Amplitudes, beta: float) -> Tensor:
+    """Positive protein, solvent turned over by the factor `beta`. Ref: Abrahams & Leslie (1996) Acta Cryst. D52, 30."""
+    return flatten_solvent(projected, protein, flip=beta)
+
+
+UPDATES: dict[str, tuple[Update, float]] = {
+    "raar": (raar, 0.85),
+    "hio": (hio, 0.8),
+    "difference-map": (difference_map, 0.8),
+    "charge-flipping": (charge_flipping, 1.2),
+    "solvent-flipping": (solvent_flipping, 0.5),
+}
+"""Name -> (update, its usual beta)."""
