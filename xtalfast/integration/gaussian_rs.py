@@ -330,6 +330,26 @@ def select_strong(store: Any, *, n_max: int = MAX_STRONG, i_over_sigma: float = 
     return StrongSpots(rows[keep], mean[keep], signal[keep])
 
 
+def select_brightest(store: Any, *, n_max: int = MAX_STRONG, min_photons: int = 50, chunk: int = 4096) -> StrongSpots:
+    """The spots with the most photons, background taken as 0: for boxes without pixels around the spot.
+
+    Shoeboxes of spot finding are such. Widths that come from them are rough, but better than none.
+
+    Args:
+        store: ShoeboxStore with one size of box.
+        n_max: at most this many.
+        min_photons: a spot has at least this many.
+        chunk: rows read at a time.
+    """
+    photons = np.zeros(store.n)
+    for start in range(0, store.n, chunk):
+        rows = np.arange(start, min(start + chunk, store.n))
+        photons[rows] = np.einsum("np,np->n", store.counts(rows), used_pixels(store.mask(rows)), dtype=np.float64)
+    rows = np.argsort(-photons, kind="stable")[:n_max]
+    rows = np.sort(rows[photons[rows] >= min_photons])
+    return StrongSpots(rows, np.zeros(len(rows)), photons[rows])
+
+
 def fit_widths(store: Any, experiments: Sequence[Experiment], strong: StrongSpots, n_sigma: float = 3.0) -> SpotWidths:
     """sigma_b from the second moments, sigma_m by maximum likelihood from the images of strong spots.
 
@@ -575,7 +595,7 @@ class ReferenceProfiles:
             store: ShoeboxStore with one size of box.
             experiments: one per `id` of the store.
             widths: sigma_b and sigma_m; None takes them from strong spots, or where these are too few from the
-                profile block.
+                profile block, or without one from the brightest boxes as they are.
             learn: False stops at the Gaussian.
             phi_block_deg: rotation per block of reference profiles, deg.
             n_max: strong spots used at most.
@@ -590,8 +610,16 @@ class ReferenceProfiles:
         given = SpotWidths.from_profile(experiments[0].profile) if experiments else None
         enough = len(strong.rows) >= MIN_STRONG
         if widths is None:
-            n_sigma = given.n_sigma if given else 3.0
-            widths = fit_widths(store, experiments, strong, n_sigma) if enough or given is None else given
+            widths = given
+            if enough:
+                widths = fit_widths(store, experiments, strong, given.n_sigma if given else 3.0)
+            elif given is None:
+                widths = fit_widths(store, experiments, select_brightest(store, n_max=n_max))
+                logger.warning(
+                    "only %d strong spots with background around them: the spot widths are rough, from the photons of "
+                    "the brightest boxes",
+                    len(strong.rows),
+                )
         sample = strong.rows if len(strong.rows) else np.arange(min(store.n, 100))
         shape = isotropic_shape(_geometry(store, experiments, sample), widths)
         tell("profiles", 1, EM_STEPS + 2)
