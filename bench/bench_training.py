@@ -107,14 +107,16 @@ def test_full_scale_training(store: ShoeboxStore, tmp_path: Path, capsys) -> Non
 def test_loader_keeps_ahead_of_the_model(store: ShoeboxStore, combination: str, capsys) -> None:
     """CPU time a reflection, one thread: reading is at least ten times cheaper than a training step."""
     loader = ShoeboxLoader([store], np.arange(N), 128, thin=True)
-    batches = [loader.read(loader.step_rows(step), 1) for step in range(4)]
+    batches = [loader.read_step(step) for step in range(4)]
     model = IntegrationModel(config(combination))
     model.set_statistics(DataStatistics.of(batches[0]))
     optimizer = torch.optim.AdamW(model.parameters())
 
+    step = iter(range(4, 10**6))
+
     def read() -> None:
-        for step in range(4, 12):
-            loader.read(loader.step_rows(step), 1)
+        for _ in range(64):
+            loader.read_step(next(step))
 
     def learn() -> None:
         for batch in batches:
@@ -128,7 +130,7 @@ def test_loader_keeps_ahead_of_the_model(store: ShoeboxStore, combination: str, 
         read(), learn()
         reading, learning = [], []
         for _ in range(7):
-            for function, times, n in ((read, reading, 8), (learn, learning, 4)):
+            for function, times, n in ((read, reading, 64), (learn, learning, 4)):
                 start = time.process_time()
                 function()
                 times.append((time.process_time() - start) / n / 128 * 1e6)

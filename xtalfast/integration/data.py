@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -127,6 +127,35 @@ def common_box(stores: Sequence[ShoeboxSource]) -> tuple[int, int, int]:
     return box
 
 
+class _Blocks:
+    """A store read in whole blocks of rows, the last ones kept: shuffled rows at the price of a sequential read."""
+
+    def __init__(self, store: ShoeboxSource, kept: OrderedDict[tuple[int, int], tuple[NDArray, NDArray]]) -> None:
+        self.n, self.box, self.metadata = store.n, store.box, store.metadata
+        self._store, self._kept = store, kept
+
+    def _block(self, number: int) -> tuple[NDArray, NDArray]:
+        key = (id(self._store), number)
+        if key not in self._kept:
+            rows = np.arange(number * _BLOCK, min((number + 1) * _BLOCK, self.n))
+            self._kept[key] = self._store.counts(rows), self._store.mask(rows)
+            if len(self._kept) > 4 * _POOL:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+    def _gather(self, which: int, rows: NDArray[np.int64]) -> NDArray:
+        numbers, starts = np.unique(rows // _BLOCK, return_index=True)
+        parts = zip(numbers, np.split(rows, starts[1:]))
+        return np.concatenate([self._block(number)[which][part - number * _BLOCK] for number, part in parts])
+
+    def counts(self, rows: NDArray[np.int64]) -> NDArray:
+        return self._gather(0, rows)
+
+    def mask(self, rows: NDArray[np.int64]) -> NDArray:
+        return self._gather(1, rows)
+
+
 class ShoeboxLoader:
     """Batches of one or several stores in an order that follows from (seed, step) alone.
 
@@ -165,6 +194,8 @@ class ShoeboxLoader:
         self.profiles = profiles
         self.thin = thin
         self._first = np.concatenate([[0], np.cumsum([store.n for store in stores])])
+        kept: OrderedDict[tuple[int, int], tuple[NDArray, NDArray]] = OrderedDict()
+        self._blocks = [_Blocks(store, kept) for store in stores]
         self._order: tuple[int, NDArray[np.int64]] | None = None
         if self.batch < world:
             raise InputError(f"{len(self.rows)} reflections and batch {batch} are too few for {world} processes")
@@ -190,33 +221,40 @@ class ShoeboxLoader:
         rows = np.sort(self.order(epoch)[i * self.batch : (i + 1) * self.batch])
         return np.array_split(rows, self.world)[self.rank]
 
-    def read(self, rows: NDArray[np.int64], epoch: int = 0) -> ShoeboxBatch:
-        """Ascending rows, numbered through all stores, as one batch; the photons split as in that epoch."""
+    def read(self, rows: NDArray[np.int64]) -> ShoeboxBatch:
+        """Ascending rows, numbered through all stores, as one batch."""
+        return self._read(self.stores, rows, 0)
+
+    def read_step(self, step: int) -> ShoeboxBatch:
+        """The batch of this process at an optimiser step, the photons split anew in each epoch."""
+        return self._read(self._blocks, self.step_rows(step), 1 + step // self.steps_per_epoch)
+
+    def _read(self, stores: Sequence[ShoeboxSource], rows: NDArray[np.int64], split: int) -> ShoeboxBatch:
         parts = []
         for s in np.unique(np.searchsorted(self._first, rows, side="right") - 1):
             begin, end = np.searchsorted(rows, self._first[s : s + 2])
             source = None if self.profiles is None else self.profiles[s]
-            parts.append(read_batch(self.stores[s], rows[begin:end] - self._first[s], source))
+            parts.append(read_batch(stores[s], rows[begin:end] - self._first[s], source))
         batch = join_batches(parts)
         if self.thin:
-            keys = mixed_keys(self.seed, epoch, rows.astype(np.uint64))
+            keys = mixed_keys(self.seed, split, rows.astype(np.uint64))
             batch.seen = torch.from_numpy(thin_photons(batch.counts.numpy(), keys))
         return batch
 
     def steps(self, first: int, last: int) -> Iterator[ShoeboxBatch]:
         """The batches of steps first ... last - 1."""
-        return self._ahead((self.step_rows(step), 1 + step // self.steps_per_epoch) for step in range(first, last))
+        return self._ahead(self.read_step, iter(range(first, last)))
 
     def chunks(self, rows: NDArray[np.int64]) -> Iterator[ShoeboxBatch]:
         """Given ascending rows in order, `batch` at a time."""
-        return self._ahead((rows[i : i + self.batch], 0) for i in range(0, len(rows), self.batch))
+        return self._ahead(self.read, (rows[i : i + self.batch] for i in range(0, len(rows), self.batch)))
 
-    def _ahead(self, parts: Iterator[tuple[NDArray[np.int64], int]]) -> Iterator[ShoeboxBatch]:
+    def _ahead(self, read: Callable[[Any], ShoeboxBatch], parts: Iterator[Any]) -> Iterator[ShoeboxBatch]:
         with ThreadPoolExecutor(1, thread_name_prefix="shoeboxes") as reader:
-            waiting = deque(reader.submit(self.read, *part) for part in islice(parts, self.ahead))
+            waiting = deque(reader.submit(read, part) for part in islice(parts, self.ahead))
             while waiting:
                 ready = waiting.popleft()
-                waiting.extend(reader.submit(self.read, *part) for part in islice(parts, 1))
+                waiting.extend(reader.submit(read, part) for part in islice(parts, 1))
                 yield ready.result()
 
 
