@@ -13,6 +13,7 @@ from xtalfast.ops.profiles import LowRankProfile, MVNProfile, Profile, SoftmaxPr
 
 VALID = 1
 OVERLAPPED = 32
+SMALLEST_RATE = 1e-25  # photons; rates below are taken for it, so that p = 0 with y > 0 stays finite
 _COUNT_DTYPES = (torch.uint8, torch.uint16, torch.int16, torch.int32, torch.int64)
 
 
@@ -232,3 +233,30 @@ def box_chunks(
                 background[pixels] if background is not None and background.shape == counts.shape else background,
             ),
         )
+
+
+_KERNEL_COUNTS = {torch.uint8: 0, torch.uint16: 1, torch.int32: 2, torch.float32: 3, torch.float64: 4}
+_KERNEL_MASKS = {torch.bool: 1, torch.uint8: 2, torch.int32: 3}
+
+
+class KernelBoxes:
+    """The pixel arguments as the compiled kernels take them; keeps the tensors alive."""
+
+    def __init__(
+        self, counts: Tensor, mask: Tensor | None, ptr: Tensor | None, background: Tensor | None, dtype: torch.dtype
+    ) -> None:
+        if counts.dtype not in _KERNEL_COUNTS:
+            counts = counts.to(dtype)
+        if mask is not None and mask.dtype not in _KERNEL_MASKS:
+            mask = mask.to(torch.int32)
+        self.tensors = {"counts": counts, "mask": mask, "ptr": ptr, "background": background}
+        self.tensors = {name: None if t is None else t.contiguous() for name, t in self.tensors.items()}
+        self.arguments = {name: 0 if t is None else t.data_ptr() for name, t in self.tensors.items()} | {
+            "count_type": _KERNEL_COUNTS[counts.dtype],
+            "mask_type": 0 if mask is None else _KERNEL_MASKS[mask.dtype],
+            "n": len(counts) if ptr is None else len(ptr) - 1,
+            "pixels": counts.shape[-1],
+            "background_rows": background is not None and background.shape == counts.shape,
+            "wide": dtype == torch.float64,
+            "threads": torch.get_num_threads(),
+        }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xtalfast.ops._boxes import Boxes
+from xtalfast.ops._boxes import SMALLEST_RATE, Boxes
 
 _STEPS = 80
 _FARTHEST = 36.0  # |logit X| at which the search ends: 1 - X is still above 0 in double precision
@@ -17,7 +17,7 @@ _FARTHEST = 36.0  # |logit X| at which the search ends: 1 - X is still above 0 i
 
 def share_rate(share: Tensor, at_one: Tensor, at_zero: Tensor) -> Tensor:
     """X at_one + (1 - X) at_zero per pixel, kept above 0 so that p = 0 with y > 0 stays finite."""
-    return torch.clamp(share * at_one + (1 - share) * at_zero, min=torch.finfo(at_one.dtype).tiny ** 0.5)
+    return torch.clamp(share * at_one + (1 - share) * at_zero, min=SMALLEST_RATE)
 
 
 def most_likely_share(

@@ -23,28 +23,27 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
-from torch.utils.checkpoint import checkpoint
 
+from xtalfast import _native
 from xtalfast.ops._boxes import (
+    SMALLEST_RATE,
     Boxes,
-    Chunk,
+    KernelBoxes,
     box_chunks,
     check_boxes,
     check_rows,
     gamma_rows,
-    pair_rows,
-    per_reflection,
     unpack,
-    value_rows,
 )
-from xtalfast.ops.gamma import GammaPair, TensorPair, gamma_kl
-from xtalfast.ops.profiles import Profile
+from xtalfast.ops.gamma import GammaPair, gamma_kl
+from xtalfast.ops.profiles import LowRankProfile, MVNProfile, Profile, SoftmaxProfile, low_rank_logits
 
 Nodes = int | Literal["auto"]
 Estimator = Literal["quadrature", "mc"]
 
 _MOST_NODES = 96
-_CHUNK = 1 << 22  # pixels x nodes held at once: 16 MB an array in float32
+_REFERENCE_PIXELS = 1 << 22  # pixels x nodes that the reference holds at once: 16 MB an array in float32
+_VALUES, _LOGITS, _GAUSSIAN = range(3)  # forms of a profile, ProfileKind of the kernel
 
 
 def share_nodes(shape_i: Tensor, shape_bg: Tensor, n_nodes: int) -> tuple[Tensor, Tensor]:
@@ -91,33 +90,62 @@ def share_nodes(shape_i: Tensor, shape_bg: Tensor, n_nodes: int) -> tuple[Tensor
     return t, measure
 
 
-def quadrature_draws(q_i: TensorPair, q_bg: TensorPair, n_nodes: int) -> tuple[Tensor, Tensor, Tensor]:
+def quadrature_draws(q: Tensor, n_nodes: int) -> tuple[Tensor, Tensor, Tensor]:
     """Effective intensities, backgrounds and weights [N, K] with E_q log(I p + B b) = sum_k w_k log(I_k p + B_k b)."""
-    (k_i, r_i), (k_b, r_b) = q_i, q_bg
+    k_i, r_i, k_b, r_b = q
     t, measure = share_nodes(k_i, k_b, n_nodes)
     log_share, log_rest = -softplus(-t), -softplus(t)
     weight = torch.softmax(k_i[:, None] * log_share + k_b[:, None] * log_rest + torch.log(measure), dim=1)
     log_sum = torch.digamma(k_i + k_b)[:, None]
-    i_k = torch.exp(log_share + log_sum) / r_i[:, None]
-    b_k = torch.exp(log_rest + log_sum) / r_b[:, None]
-    return i_k, b_k, weight
-
-
-def monte_carlo_draws(
-    q_i: TensorPair, q_bg: TensorPair, samples: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`samples` joint draws of (I, B), [N, S], with implicit-reparameterisation gradients, and weights 1 / S."""
-    draws = [
-        torch._standard_gamma(shape[:, None].expand(-1, samples), generator) / rate[:, None]
-        for shape, rate in (q_i, q_bg)
-    ]
-    return draws[0], draws[1], torch.full_like(draws[0], 1 / samples)
+    return torch.exp(log_share + log_sum) / r_i[:, None], torch.exp(log_rest + log_sum) / r_b[:, None], weight
 
 
 def nodes_needed(shape_i: Tensor, shape_bg: Tensor) -> Tensor:
     """Nodes that `nodes="auto"` takes for each reflection, int64 [N]: 24 where both shapes are above 10, 40 above 1."""
     smallest = torch.minimum(shape_i, shape_bg)
     return torch.where(smallest >= 10, 24, torch.where(smallest >= 1, 40, _MOST_NODES))
+
+
+def expected_loss(boxes: Boxes, q: Tensor, nodes: int, draws: Tensor | None) -> Tensor:
+    """-E_q log p(counts) of every box, [N] float64.
+
+    Args:
+        q: shape and rate of q(I), shape and rate of q(B), [4, N] float64.
+        nodes: of the quadrature, 0 for the automatic choice.
+        draws: Monte-Carlo draws of I and of B, [2, N, S] float64, to use instead of the quadrature.
+    """
+    used = boxes.used
+    profile_sum = boxes.total(torch.where(used, boxes.profile, 0.0)).to(torch.float64)
+    background_sum = boxes.total(torch.where(used, boxes.background, 0.0)).to(torch.float64)
+    lit = boxes.where(used & (boxes.counts > 0))  # y log(rate) and log y! are 0 elsewhere
+    loss = lit.total(torch.lgamma(lit.counts + 1)).to(torch.float64)
+    if draws is not None:
+        # the same draws in both terms: near the optimum their first-order noise cancels
+        rates = draws[0] * profile_sum[:, None] + draws[1] * background_sum[:, None]
+        return loss + (rates - _log_rates(lit, *draws)).mean(1)
+    loss = loss + q[0] / q[1] * profile_sum + q[2] / q[3] * background_sum
+    needed = torch.full_like(lit.ptr[1:], nodes) if nodes else nodes_needed(q[0], q[2])
+    for count in torch.unique(needed).tolist():
+        group = needed == count
+        i_k, b_k, weight = quadrature_draws(q, count)
+        log_rates = (weight * _log_rates(lit.where(group[lit.row]), i_k, b_k)).sum(1)
+        loss = loss - torch.where(group, log_rates, 0.0)
+    return loss
+
+
+def _log_rates(lit: Boxes, i_k: Tensor, b_k: Tensor) -> Tensor:
+    """sum_j y_j log(I_k p_j + B_k b_j) for every node or draw, [N, K] float64."""
+    dtype = lit.profile.dtype
+    sums = []
+    for i, b in zip(i_k.to(dtype).unbind(1), b_k.to(dtype).unbind(1)):
+        rate = i[lit.row] * lit.profile + b[lit.row] * lit.background
+        sums.append(lit.total(lit.counts * torch.log(torch.clamp(rate, min=SMALLEST_RATE))))
+    return torch.stack(sums, 1).to(torch.float64)
+
+
+def divergences(q: Tensor, prior: Tensor) -> Tensor:
+    """KL of q(I) and of q(B) from their priors, [2, N] float64; q and prior [4, N]."""
+    return torch.stack([gamma_kl((q[0], q[1]), (prior[0], prior[1])), gamma_kl((q[2], q[3]), (prior[2], prior[3]))])
 
 
 def poisson_gamma_elbo_reference(
@@ -141,50 +169,212 @@ def poisson_gamma_elbo_reference(
     """The definition, in plain torch; arguments as in `poisson_gamma_elbo`. Memory grows with pixels x nodes."""
     boxes = unpack(counts, mask, profile, ptr, background)
     n = len(boxes)
-    (k_i, r_i), (k_b, r_b) = gamma_rows(q_i, n, boxes.counts), gamma_rows(q_bg, n, boxes.counts)
-    kl_i = gamma_kl((k_i, r_i), gamma_rows(prior_i, n, boxes.counts))
-    kl_bg = gamma_kl((k_b, r_b), gamma_rows(prior_bg, n, boxes.counts))
+    q = torch.stack([*gamma_rows(q_i, n, boxes.counts), *gamma_rows(q_bg, n, boxes.counts)])
+    prior = torch.stack([*gamma_rows(prior_i, n, boxes.counts), *gamma_rows(prior_bg, n, boxes.counts)])
+    draws = monte_carlo_draws(q, samples, _seed(seed, counts.device)) if estimator == "mc" else None
+    loss = expected_loss(boxes, q, 0 if nodes == "auto" else nodes, draws)
+    return _combine(loss, divergences(q, prior), kappa_i, kappa_bg).to(boxes.counts.dtype)
 
-    used = boxes.used
-    profile_sum = boxes.total(torch.where(used, boxes.profile, 0.0)).to(torch.float64)
-    background_sum = boxes.total(torch.where(used, boxes.background, 0.0)).to(torch.float64)
-    lit = boxes.where(used & (boxes.counts > 0))  # y log(rate) and log y! are 0 elsewhere
-    factorials = lit.total(torch.lgamma(lit.counts + 1)).to(torch.float64)
 
-    if estimator == "mc":
-        generator = torch.Generator(counts.device).manual_seed(_seed(seed))
-        i_k, b_k, weight = monte_carlo_draws((k_i, r_i), (k_b, r_b), samples, generator)
-        # the same draws in both terms: near the optimum their first-order noise cancels
-        per_draw = _log_rates(lit, i_k, b_k) - i_k * profile_sum[:, None] - b_k * background_sum[:, None]
-        log_likelihood = (weight * per_draw).sum(1) - factorials
+def _combine(loss: Tensor, divergence: Tensor, kappa_i: Tensor | float, kappa_bg: Tensor | float) -> Tensor:
+    return loss + kappa_i * divergence[0] + kappa_bg * divergence[1]
+
+
+def _seed(seed: int | None, device: torch.device) -> Tensor:
+    if seed is None:  # drawn from torch's generator out here, where torch.compile and checkpointing see it
+        return torch.randint(2**63 - 1, (), device=device)
+    return torch.tensor(seed, device=device)
+
+
+def monte_carlo_draws(q: Tensor, samples: int, seed: Tensor) -> Tensor:
+    """Draws of I and B, [2, N, samples], with implicit-reparameterisation gradients in the shapes."""
+    standard = torch.ops.xtalfast.standard_gamma(q[0::2], samples, seed)
+    return standard / q[1::2, :, None]
+
+
+_library = torch.library.Library("xtalfast", "FRAGMENT")
+_library.define("standard_gamma(Tensor shape, int samples, Tensor seed) -> Tensor")
+_library.define("standard_gamma_backward(Tensor shape, Tensor draws) -> Tensor")
+# profile: pixel values or logits (kind 0, 1), or the mean of a Gaussian (kind 2) with scale_tril and grid.
+# q, prior: [4, N]. Returns the loss [N] and KL [2, N], and their gradients by box (empty unless asked for): of the loss
+# by profile, scale_tril, q and draws; of the two KL by shape, rate, prior shape, prior rate [8, N].
+_library.define(
+    "poisson_gamma_elbo(Tensor counts, Tensor? mask, Tensor? ptr, Tensor? background, int kind, Tensor profile, "
+    "Tensor? scale_tril, Tensor? grid, Tensor q, Tensor prior, Tensor? draws, int nodes, bool gradients) -> "
+    "(Tensor loss, Tensor divergence, Tensor by_profile, Tensor by_scale, Tensor by_q, Tensor by_draws, "
+    "Tensor divergence_by)"
+)
+
+
+@torch.library.register_fake("xtalfast::standard_gamma", lib=_library)
+def _(shape, samples, seed):
+    return shape.new_empty((*shape.shape, samples))
+
+
+@torch.library.register_fake("xtalfast::standard_gamma_backward", lib=_library)
+def _(shape, draws):
+    return torch.empty_like(draws)
+
+
+def _standard_gamma(shape, samples, seed):
+    generator = torch.Generator(shape.device).manual_seed(int(seed))
+    return torch._standard_gamma(shape[..., None].expand(*shape.shape, samples).contiguous(), generator)
+
+
+def _standard_gamma_backward(shape, draws):
+    return torch._standard_gamma_grad(shape[..., None].expand_as(draws).contiguous(), draws)
+
+
+def _setup_draws(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0], output)
+
+
+def _backward_draws(ctx, grad):
+    _refuse_double_backward()
+    return (grad * torch.ops.xtalfast.standard_gamma_backward(*ctx.saved_tensors)).sum(-1), None, None
+
+
+@torch.library.register_fake("xtalfast::poisson_gamma_elbo", lib=_library)
+def _(counts, mask, ptr, background, kind, profile, scale_tril, grid, q, prior, draws, nodes, gradients):
+    n = q.shape[1]
+    by_profile, by_scale, by_q, by_draws, divergence_by = _gradients_like(profile, scale_tril, q, draws, gradients)
+    return q.new_empty(n), q.new_empty(2, n), by_profile, by_scale, by_q, by_draws, divergence_by
+
+
+def _gradients_like(profile, scale_tril, q, draws, gradients):
+    """Uninitialised gradients; empty where there is nothing to differentiate."""
+    n = q.shape[1] if gradients else 0
+    none = profile.new_empty(0)
+    return (
+        torch.empty_like(profile, memory_format=torch.contiguous_format) if gradients else none,
+        torch.empty_like(scale_tril, memory_format=torch.contiguous_format)
+        if gradients and scale_tril is not None
+        else profile.new_empty(0),
+        q.new_empty(4, n),
+        torch.empty_like(draws, memory_format=torch.contiguous_format)
+        if gradients and draws is not None
+        else q.new_empty(0),
+        q.new_empty(8, n),
+    )
+
+
+def _form(kind: int, profile: Tensor, scale_tril: Tensor | None, grid: Tensor | None) -> Profile:
+    if kind == _GAUSSIAN:
+        assert scale_tril is not None and grid is not None
+        return MVNProfile(profile, scale_tril, grid)
+    return SoftmaxProfile(profile) if kind == _LOGITS else profile
+
+
+def _elbo(counts, mask, ptr, background, kind, profile, scale_tril, grid, q, prior, draws, nodes, gradients):
+    """The compiled kernel, or the reference in runs of reflections that bound its memory."""
+    n = q.shape[1]
+    out = _gradients_like(profile, scale_tril, q, draws, gradients)
+    by_profile, by_scale, by_q, by_draws, divergence_by = out
+    loss, divergence = q.new_empty(n), q.new_empty(2, n)
+    if _native.C is not None and counts.device.type == "cpu":
+        boxes = KernelBoxes(counts, mask, ptr, background, profile.dtype)
+        tensors = {
+            "profile": profile if kind != _GAUSSIAN else None,
+            "mean": profile if kind == _GAUSSIAN else None,
+            "scale_tril": scale_tril,
+            "grid": grid,
+            "q": q,
+            "prior": prior,
+            "draws_i": None if draws is None else draws[0],
+            "draws_b": None if draws is None else draws[1],
+        }
+        tensors = {name: None if tensor is None else tensor.contiguous() for name, tensor in tensors.items()}
+        by_q.zero_()  # Monte Carlo differentiates the draws instead
+        _native.C.poisson_gamma_elbo(
+            boxes.arguments,
+            {name: 0 if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()}
+            | {
+                "gradients": gradients,
+                "profile_kind": kind,
+                "nodes": nodes,
+                "samples": 0 if draws is None else draws.shape[2],
+                "loss": loss.data_ptr(),
+                "divergence": divergence.data_ptr(),
+                "grad_profile": by_profile.data_ptr(),
+                "grad_mean": by_profile.data_ptr(),
+                "grad_scale": by_scale.data_ptr(),
+                "grad_q": by_q.data_ptr(),
+                "grad_draws_i": by_draws[:1].data_ptr(),
+                "grad_draws_b": by_draws[1:].data_ptr(),
+                "grad_divergence": divergence_by.data_ptr(),
+            },
+        )
+        return loss, divergence, *out
+
+    width = draws.shape[2] if draws is not None else nodes or _MOST_NODES
+    form = _form(kind, profile, scale_tril, grid)
+    for rows, chunk in box_chunks(counts, mask, form, ptr, background, n, _REFERENCE_PIXELS // width):
+        with torch.set_grad_enabled(gradients):
+            part = chunk[2]
+            leaves = [part.mean, part.scale_tril] if kind == _GAUSSIAN else [part.logits if kind == _LOGITS else part]
+            leaves = [t.detach().requires_grad_(gradients) for t in leaves]
+            part = _form(kind, leaves[0], leaves[-1], getattr(part, "grid", None))
+            some_q, some_prior = (t[:, rows].detach().requires_grad_(gradients) for t in (q, prior))
+            some_draws = None if draws is None else draws[:, rows].detach().requires_grad_(gradients)
+            boxes = unpack(*chunk[:2], part, *chunk[3:])
+            some_loss = expected_loss(boxes, some_q, nodes, some_draws)
+            some_divergence = divergences(some_q, some_prior)
+        loss[rows], divergence[:, rows] = some_loss.detach(), some_divergence.detach()
+        if not gradients or len(boxes) == 0:
+            continue
+        # every box depends on its own row only: the gradient of the sum holds the gradient of each
+        targets = [*leaves, some_q] + ([] if some_draws is None else [some_draws])
+        found = torch.autograd.grad(some_loss.sum(), targets, materialize_grads=True)
+        pixels = rows if ptr is None or kind == _GAUSSIAN else slice(int(ptr[rows.start]), int(ptr[rows.stop]))
+        by_profile[pixels] = found[0]
+        if kind == _GAUSSIAN:
+            by_scale[rows] = found[1]
+        by_q[:, rows] = found[len(leaves)]
+        if some_draws is not None:
+            by_draws[:, rows] = found[-1]
+        for k in range(2):
+            of_q, of_prior = torch.autograd.grad(some_divergence[k].sum(), [some_q, some_prior], retain_graph=True)
+            divergence_by[4 * k : 4 * k + 2, rows] = of_q[2 * k : 2 * k + 2]
+            divergence_by[4 * k + 2 : 4 * k + 4, rows] = of_prior[2 * k : 2 * k + 2]
+    return loss, divergence, *out
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("standard_gamma", _standard_gamma, _device)
+    _library.impl("standard_gamma_backward", _standard_gamma_backward, _device)
+    _library.impl("poisson_gamma_elbo", _elbo, _device)
+
+
+def _setup_elbo(ctx, inputs, output):
+    _, _, by_profile, by_scale, by_q, by_draws, divergence_by = output
+    ctx.mark_non_differentiable(by_profile, by_scale, by_q, by_draws, divergence_by)
+    ctx.save_for_backward(inputs[2], by_profile, by_scale, by_q, by_draws, divergence_by)
+    ctx.kind, ctx.gaussian, ctx.monte_carlo = inputs[4], inputs[6] is not None, inputs[10] is not None
+
+
+def _backward_elbo(ctx, by_loss, by_divergence, *_):
+    _refuse_double_backward()
+    ptr, by_profile, by_scale, by_q, by_draws, divergence_by = ctx.saved_tensors
+    weight = by_loss.to(by_profile.dtype)
+    if by_profile.ndim == 1:
+        grad_profile = by_profile * torch.repeat_interleave(weight, ptr.diff(), output_size=by_profile.shape[0])
     else:
-        needed = nodes_needed(k_i, k_b) if nodes == "auto" else torch.full_like(lit.ptr[1:], nodes)
-        log_likelihood = -k_i / r_i * profile_sum - k_b / r_b * background_sum - factorials
-        for count in torch.unique(needed).tolist():
-            group = needed == count
-            i_k, b_k, weight = quadrature_draws((k_i, r_i), (k_b, r_b), count)
-            per_node = _log_rates(lit.where(group[lit.row]), i_k, b_k)
-            log_likelihood = log_likelihood + torch.where(group, (weight * per_node).sum(1), 0.0)
-
-    kappa_i = per_reflection(kappa_i, n, boxes.counts)
-    kappa_bg = per_reflection(kappa_bg, n, boxes.counts)
-    return (kappa_i * kl_i + kappa_bg * kl_bg - log_likelihood).to(boxes.counts.dtype)
+        grad_profile = by_profile * weight[:, None]
+    up_i, up_b = by_divergence
+    grad_q = by_q * by_loss + torch.cat([divergence_by[0:2] * up_i, divergence_by[4:6] * up_b])
+    grad_prior = torch.cat([divergence_by[2:4] * up_i, divergence_by[6:8] * up_b])
+    grad_scale = by_scale * weight[:, None, None] if ctx.gaussian else None
+    grad_draws = by_draws * by_loss[:, None] if ctx.monte_carlo else None
+    return None, None, None, None, None, grad_profile, grad_scale, None, grad_q, grad_prior, grad_draws, None, None
 
 
-def _log_rates(lit: Boxes, i_k: Tensor, b_k: Tensor) -> Tensor:
-    """sum_j y_j log(I_k p_j + B_k b_j) for every node or draw, [N, K] float64."""
-    dtype = lit.profile.dtype
-    tiny = torch.finfo(dtype).tiny
-    sums = []
-    for i, b in zip(i_k.to(dtype).unbind(1), b_k.to(dtype).unbind(1)):
-        rate = i[lit.row] * lit.profile + b[lit.row] * lit.background
-        # p = 0 with y > 0 stays finite
-        sums.append(lit.total(lit.counts * torch.log(torch.clamp(rate, min=tiny))))
-    return torch.stack(sums, 1).to(torch.float64)
+def _refuse_double_backward() -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError("poisson_gamma_elbo has no gradient of its gradient: call backward without create_graph")
 
 
-def _seed(seed: int | None) -> int:
-    return int(torch.randint(2**63 - 1, ()).item()) if seed is None else seed
+torch.library.register_autograd("xtalfast::standard_gamma", _backward_draws, setup_context=_setup_draws, lib=_library)
+torch.library.register_autograd("xtalfast::poisson_gamma_elbo", _backward_elbo, setup_context=_setup_elbo, lib=_library)
 
 
 def poisson_gamma_elbo(
@@ -247,28 +437,29 @@ def poisson_gamma_elbo(
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
 
-    width = samples if estimator == "mc" else _MOST_NODES if nodes == "auto" else nodes
-    seeds = _seed(seed)
-    pieces: list[Tensor] = []
-    for rows, boxes in box_chunks(counts, mask, profile, ptr, background, n, _CHUNK // width):
-
-        def piece(rows: slice = rows, boxes: Chunk = boxes, seed: int = (seeds + len(pieces)) % 2**63) -> Tensor:
-            return poisson_gamma_elbo_reference(
-                *boxes[:3],
-                pair_rows(q_i, rows),
-                pair_rows(q_bg, rows),
-                pair_rows(prior_i, rows),
-                pair_rows(prior_bg, rows),
-                ptr=boxes[3],
-                background=boxes[4],
-                kappa_i=value_rows(kappa_i, rows),
-                kappa_bg=value_rows(kappa_bg, rows),
-                estimator=estimator,
-                nodes=nodes,
-                samples=samples,
-                seed=seed,
-            )
-
-        # recomputed in the backward pass, so that no array of pixels x nodes outlives its run of reflections
-        pieces.append(checkpoint(piece, use_reentrant=False) if torch.is_grad_enabled() else piece())
-    return torch.cat(pieces)
+    q = torch.stack([*gamma_rows(q_i, n, counts), *gamma_rows(q_bg, n, counts)])
+    prior = torch.stack([*gamma_rows(prior_i, n, counts), *gamma_rows(prior_bg, n, counts)])
+    draws = monte_carlo_draws(q, samples, _seed(seed, counts.device)) if estimator == "mc" else None
+    form = SoftmaxProfile(low_rank_logits(profile)) if isinstance(profile, LowRankProfile) else profile
+    tensors: list[Tensor] = [form] if isinstance(form, Tensor) else list(vars(form).values())
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    kind = _VALUES if isinstance(form, Tensor) else _LOGITS if isinstance(form, SoftmaxProfile) else _GAUSSIAN
+    values, scale_tril, grid = ([t.to(dtype) for t in tensors] + [None, None])[:3]
+    learned = [t for t in (values, scale_tril, q, prior, draws) if t is not None]
+    gradients = torch.is_grad_enabled() and any(t.requires_grad for t in learned)
+    loss, divergence, *_ = torch.ops.xtalfast.poisson_gamma_elbo(
+        counts,
+        mask,
+        ptr,
+        None if background is None else background.to(dtype),
+        kind,
+        values,
+        scale_tril,
+        grid,
+        q,
+        prior,
+        draws,
+        0 if nodes == "auto" else nodes,
+        gradients,
+    )
+    return _combine(loss, divergence, kappa_i, kappa_bg).to(dtype)

@@ -96,4 +96,9 @@ def materialise(profile: Profile, ptr: Tensor | None = None) -> Tensor:
         return _segment_softmax(_gaussian_logits(offset, profile.scale_tril[row]), ptr)
     if ptr is not None:
         raise ValueError("a LowRankProfile belongs to boxes of one size: give counts as [N, P] without ptr")
-    return torch.softmax(profile.latent @ profile.basis + profile.bias, -1)
+    return torch.softmax(low_rank_logits(profile), -1)
+
+
+def low_rank_logits(profile: LowRankProfile) -> Tensor:
+    """latent @ basis + bias, [N, P]."""
+    return torch.addmm(profile.bias, profile.latent, profile.basis)
