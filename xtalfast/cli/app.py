@@ -8,8 +8,10 @@ from typing import Annotated
 import typer
 
 import xtalfast
-from xtalfast.cli import demo, doctor, extract, integrate, simulate, stats, train
+from xtalfast.cli import demo, doctor, extract, fragments, integrate, patterson, sfcalc, simulate, stats, train
 from xtalfast.errors import InputError
+
+_INTERRUPTED = 130  # what typer makes of Ctrl-C
 
 app = typer.Typer(
     name="xtalfast",
@@ -24,6 +26,9 @@ app.command()(simulate.simulate)
 app.command()(integrate.integrate)
 app.command()(extract.extract)
 app.command()(stats.stats)
+app.command()(fragments.fragments)
+app.command()(sfcalc.sfcalc)
+app.command()(patterson.patterson)
 app.command()(doctor.doctor)
 train_app = typer.Typer(no_args_is_help=True, help="Train a network apart from integrating.")
 train_app.command("integration")(train.integration)
@@ -63,4 +68,6 @@ def run(arguments: Sequence[str]) -> int:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
         message = message or "no command given"  # the help has been printed
         raise InputError(f"{message} (see {path} --help)") from error
+    if status == _INTERRUPTED:
+        raise KeyboardInterrupt
     return status if isinstance(status, int) else 0

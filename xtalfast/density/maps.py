@@ -59,9 +59,9 @@ def spectrum_of_atoms(
     ptr: Tensor,
     cells: Tensor,
     grid: tuple[int, int, int],
-    d_min: float,
+    d_min: float | None,
 ) -> Tensor:
-    """Structure factors of atoms up to d_min, F(000) = 0, on the half spectrum of a grid.
+    """Structure factors of atoms up to d_min (None: all that the grid holds), F(000) = 0, on the half spectrum.
 
     Args:
         coords: Cartesian A, [M, 3]; element [M] int64; b_iso A^2 [M]; occupancy [M]; atoms of map i are

@@ -54,7 +54,7 @@ PAPER_SCALE = MapScale(patterson=926.581, density=4.404)
 
 def count_outside(values: Tensor) -> int:
     """Voxels of scaled maps beyond [-1, 1], where a tanh output cannot follow. They are counted, never clipped."""
-    return int((values.abs() > 1).sum())
+    return int(torch.count_nonzero(values.abs() > 1))
 
 
 def fit_scale(

@@ -190,6 +190,7 @@ def write_phases(
     fom: ArrayLike | None = None,
     observed: ArrayLike | None = None,
     sigF: ArrayLike | None = None,
+    labels: tuple[str, str] = ("FWT", "PHWT"),
     title: str = "xtalfast phases",
 ) -> None:
     """Write map coefficients as MTZ: FWT PHWT FOM, and FP SIGFP as far as given. Coot opens it as a map.
@@ -202,6 +203,7 @@ def write_phases(
         fom: figures of merit [N].
         observed: measured amplitudes [N]; NaN where there is none.
         sigF: their standard deviations [N].
+        labels: of amplitude and phase.
         title: of the file.
 
     Raises:
@@ -209,8 +211,8 @@ def write_phases(
     """
     index, values = np.asarray(hkl), np.asarray(F, np.complex128)
     columns: list[tuple[str, str, NDArray]] = [
-        ("FWT", "F", abs(values)),
-        ("PHWT", "P", np.degrees(np.angle(values))),
+        (labels[0], "F", abs(values)),
+        (labels[1], "P", np.degrees(np.angle(values))),
     ]
     for label, kind, given in (("FOM", "W", fom), ("FP", "F", observed), ("SIGFP", "Q", sigF)):
         if given is not None:
