@@ -344,6 +344,9 @@ def _derive(experiment: Experiment, position: Array, panel: NDArray, known: dict
         s1[on] = model.lab_from_mm(xyz_mm[on, :2])
     s1 *= 1 / beam.wavelength / np.linalg.norm(s1, axis=1, keepdims=True)
     s1 = known.get("s1", s1)
+    if experiment.crystal is None:  # not indexed: the resolution of the place
+        with np.errstate(divide="ignore"):
+            new["d"] = 1 / np.linalg.norm(s1 - beam.s0, axis=1)
     if scan is not None:
         xyz_mm[:, 2] = scan.phi_from_z(position[:, 2])
     new["s1"], new["xyzcal.mm"] = s1, xyz_mm
