@@ -129,34 +129,38 @@ class FourierGrid:
         """Spectra -> maps; density in e/A^3 when the spectrum came from structure factors in e."""
         return torch.fft.irfftn(spectrum, s=self.shape, dim=_AXES, norm="forward")
 
-    def scatter(self, hkl: NDArray, values: NDArray) -> tuple[Tensor, Tensor]:
+    def scatter(self, hkl: NDArray, values: Tensor) -> tuple[Tensor, Tensor]:
         """Structure factors of a list that is complete for P1 up to Friedel mates -> spectrum and which are known.
 
         Args:
             hkl: indices [N, 3]; of two Friedel mates either or both may be listed.
-            values: structure factors [N], complex, or amplitudes, real.
+            values: structure factors [N], complex, e; gradients flow through.
 
         Returns:
-            spectrum [X, Y, Z // 2 + 1], complex64, conj(F) / V; 0 where nothing is known; and a bool mask of the known.
+            spectrum [X, Y, Z // 2 + 1], conj(F) / V; 0 where nothing is known; and a bool mask of the known.
         """
         hkl = np.asarray(hkl, np.int64)
-        values = np.asarray(values, np.complex128) / self.cell.volume
         X, Y, Z = self.shape
-        spectrum = np.zeros((X, Y, Z // 2 + 1), np.complex64)
-        known = np.zeros(spectrum.shape, bool)
-        for sign, listed in ((-1, values), (1, values.conj())):
-            half = (sign * hkl[:, 2] >= 0) & (abs(hkl) * 2 < np.array(self.shape)).all(1)
-            index = sign * hkl[half]
-            place = index[:, 0] % X, index[:, 1] % Y, index[:, 2]
-            spectrum[place] = listed[half]
+        scaled = values.to(self.device) / self.cell.volume
+        spectrum = torch.zeros((X, Y, Z // 2 + 1), dtype=values.dtype, device=self.device)
+        known = torch.zeros(spectrum.shape, dtype=torch.bool, device=self.device)
+        fits = (abs(hkl) * 2 < np.array(self.shape)).all(1)
+        for sign, listed in ((-1, scaled), (1, scaled.conj())):
+            rows = np.flatnonzero((sign * hkl[:, 2] >= 0) & fits)
+            place = self._place(sign * hkl[rows])
+            spectrum = spectrum.index_put(place, listed[torch.from_numpy(rows)])
             known[place] = True
-        return torch.from_numpy(spectrum).to(self.device), torch.from_numpy(known).to(self.device)
+        return spectrum, known
 
-    def gather(self, spectrum: Tensor, hkl: NDArray) -> NDArray[np.complex128]:
-        """Structure factors of the indices [N, 3] out of spectra [..., X, Y, Z // 2 + 1]; [..., N]."""
+    def gather(self, spectrum: Tensor, hkl: NDArray) -> Tensor:
+        """Structure factors (e) of the indices [N, 3] out of spectra [..., X, Y, Z // 2 + 1]; [..., N], differentiable."""
         hkl = np.asarray(hkl, np.int64)
         mirrored = hkl[:, 2] < 0
-        index = np.where(mirrored[:, None], -hkl, hkl)
-        X, Y, _ = self.shape
-        values = spectrum.cpu().numpy()[..., index[:, 0] % X, index[:, 1] % Y, index[:, 2]].astype(np.complex128)
-        return np.where(mirrored, values, values.conj()) * self.cell.volume
+        values = spectrum[(..., *self._place(np.where(mirrored[:, None], -hkl, hkl)))]
+        return torch.where(torch.from_numpy(mirrored).to(self.device), values, values.conj()) * self.cell.volume
+
+    def _place(self, hkl: NDArray) -> tuple[Tensor, Tensor, Tensor]:
+        """Indices into the half spectrum of reflections [N, 3] with l >= 0."""
+        sizes = np.array([self.shape[0], self.shape[1], self.shape[2] + 1])
+        x, y, z = torch.from_numpy(np.ascontiguousarray((hkl % sizes).T)).to(self.device)
+        return x, y, z

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from xtalfast.errors import InputError
 from xtalfast.metrics.phasing import PhaseStatistics, phase_statistics
 from xtalfast.phasing.fourier import fft_size, usable_cell
-from xtalfast.phasing.symmetry import centrings, expand_to_p1, operations
+from xtalfast.phasing.symmetry import centrings, climb, expand_to_p1, operations
 
 
 @dataclass(frozen=True)
@@ -59,28 +59,6 @@ def _free_directions(space_group: gemmi.SpaceGroup) -> NDArray[np.float64]:
     stacked = np.concatenate([np.zeros((1, 3)), *(np.eye(3) - rotation for rotation, _ in operations(space_group))])
     _, sizes, rows = np.linalg.svd(stacked)
     return rows[sizes < 1e-9].T
-
-
-def _refine(shift: NDArray, product: NDArray, hkl: NDArray, directions: NDArray, n_steps: int = 5) -> NDArray:
-    """Newton steps on m(s) = sum Re product exp(-2 pi i h.s), along the free directions; never downhill."""
-    if directions.shape[1] == 0:
-        return shift
-    along = hkl @ directions
-
-    def terms(s: NDArray) -> NDArray:
-        return product * np.exp(-2j * np.pi * (hkl @ s))
-
-    value = terms(shift)
-    for _ in range(n_steps):
-        gradient = 2 * np.pi * (value.imag @ along)
-        curvature = (2 * np.pi) ** 2 * (along * value.real[:, None]).T @ along
-        step = np.linalg.lstsq(curvature, gradient, rcond=1e-10)[0]
-        moved = shift + directions @ step
-        new = terms(moved)
-        if new.real.sum() <= value.real.sum():
-            break
-        shift, value = moved, new
-    return shift
 
 
 def match(
@@ -161,7 +139,7 @@ def match(
         if allowed is not None:
             overlap = np.where(allowed, overlap, -np.inf)
         start = np.array(np.unravel_index(overlap.argmax(), shape)) / np.array(shape)
-        shift = _refine(start, product, p1_hkl, _free_directions(group))
+        shift = climb(start, product, p1_hkl, _free_directions(group))
         phased = candidate * np.exp(2j * np.pi * (index @ shift))
         found.append((float((product * np.exp(-2j * np.pi * (p1_hkl @ shift))).real.sum()), shift, inverted, phased))
     found.sort(key=lambda item: -item[0])

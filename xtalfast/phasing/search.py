@@ -13,6 +13,7 @@ from xtalfast.phasing.mask import protein_mask
 from xtalfast.phasing.projections import Amplitudes, flatten_solvent
 from xtalfast.phasing.updates import UPDATES
 
+Clock = Callable[[], float]
 Progress = Callable[[str, int, int], None]
 
 
@@ -34,14 +35,14 @@ class SearchOptions:
         r_free_solved: a polished map whose R_free is below is called solved.
     """
 
-    method: str = "raar"
+    method: str = "hio"
     beta: float | None = None
     solvent: tuple[float, ...] = (0.60, 0.65, 0.70, 0.75)
     radius: float = 3.0
-    iterations: int = 400
+    iterations: int = 300
     batch: int = 4
     check_every: int = 50
-    mask_every: int = 4
+    mask_every: int = 8
     polish: int = 20
     r_promising: float = 0.7
     r_free_solved: float = 0.35
@@ -107,6 +108,7 @@ def search(
     starts: int | None,
     max_seconds: float,
     seed: int,
+    clock: Clock = time.monotonic,
     progress: Progress | None = None,
 ) -> SearchResult:
     """Run trials until one is solved, `starts` are used up, or the time is.
@@ -116,6 +118,7 @@ def search(
         options: how trials are run.
         starts: trials at most; None for as many as the time allows.
         max_seconds: wall time at most; the trial in flight stops at its next look.
+        clock: what seconds are counted by.
         seed: of the random phases. With `starts` and enough time the result depends on nothing else.
         progress: called as progress("starts", done, total).
     """
@@ -123,7 +126,7 @@ def search(
     update, usual_beta = UPDATES[options.method]
     beta = usual_beta if options.beta is None else options.beta
     generator = torch.Generator().manual_seed(seed)
-    begin = time.monotonic()
+    begin = clock()
     best: Trial | None = None
     history: list[tuple[float, int, int, float, float]] = []
     n_starts = iterations = 0
@@ -135,7 +138,7 @@ def search(
                 best = trial
 
     def out_of_time() -> bool:
-        return time.monotonic() - begin > max_seconds
+        return clock() - begin > max_seconds
 
     while (best is None or not best.solved) and not out_of_time() and (starts is None or n_starts < starts):
         n = options.batch if starts is None else min(options.batch, starts - n_starts)
@@ -152,7 +155,7 @@ def search(
             if looks:
                 r = amplitudes.r_factors(flatten_solvent(projected, protein))[0].cpu()
                 r_random = r if r_random is None else torch.maximum(r_random, r)
-                elapsed = time.monotonic() - begin
+                elapsed = clock() - begin
                 history += [
                     (elapsed, n_starts + i, iteration + 1, fractions[i], float(r[i])) for i in range(n)
                 ]
@@ -171,7 +174,7 @@ def search(
         if progress is not None:
             progress("starts", n_starts, n_starts if starts is None else starts)
     assert best is not None  # the loop runs at least once
-    return SearchResult(best, n_starts, iterations, time.monotonic() - begin, history)
+    return SearchResult(best, n_starts, iterations, clock() - begin, history)
 
 
 def reference_r(solvent: Tensor) -> Tensor:

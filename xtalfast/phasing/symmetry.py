@@ -71,51 +71,75 @@ def expand_to_p1(
     return unique, np.concatenate(expanded)[first], np.tile(rows, len(indices))[first]
 
 
-def origin_map(
-    hkl: NDArray, values: NDArray, space_group: gemmi.SpaceGroup
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """How well a density in P1 obeys the space group when its origin is moved to s, for all s on a grid.
+def _values_at(hkl: NDArray, values: NDArray, wanted: NDArray) -> NDArray[np.complex128]:
+    """Structure factors of `wanted` [M, 3] out of a list with one of each Friedel pair; 0 where there is none."""
+    lookup = {tuple(h): f for h, f in zip(np.asarray(hkl).tolist(), np.asarray(values).tolist())}
+    lookup |= {(-h, -k, -l): f.conjugate() for (h, k, l), f in list(lookup.items())}
+    return np.array([lookup.get((h, k, l), 0j) for h, k, l in wanted.tolist()])
 
-    The score is sum over operations and reflections of Re F(hR) F*(h) exp(2 pi i (h.t + (hR - h).s)), divided by its
-    value for perfect symmetry: 1 where the symmetry elements lie.
+
+def locate_origin(
+    hkl: NDArray, values: NDArray, space_group: gemmi.SpaceGroup
+) -> tuple[NDArray[np.float64], float]:
+    """Where the symmetry elements lie in a density found in P1.
+
+    Moved by s, the density obeys the group as far as sum over operations and reflections of
+    Re F(hR) F*(h) exp(2 pi i (h.t + (hR - h).s)) comes near sum |F(hR)||F(h)|.
 
     Args:
-        hkl, values: structure factors of the density in P1, one of each Friedel pair, [N, 3] and [N].
-        space_group: to look for.
+        hkl, values: structure factors of the density, one of each Friedel pair, [N, 3] and [N].
+        space_group: to look for; not P1.
 
     Returns:
-        the best shift s (fractions of the cell) [3] and the score map [X, Y, Z].
+        the shift s (fractions of the cell) [3], and the ratio of the two sums: 1 for perfect symmetry.
     """
     hkl = np.asarray(hkl, np.int64)
-    both = np.concatenate([hkl, -hkl])
-    density = np.concatenate([values, np.conj(values)])
-    # hR - h reaches further than h itself; sizes are multiples of 24, where the symmetry elements of all groups lie.
-    reach = [hkl @ rotation - hkl for rotation, _ in operations(space_group)]
-    sizes = 2 * np.max([abs(r).max(0) for r in reach], axis=0) + 1
-    shape = tuple(fft_size(int(size), 24) for size in sizes)
-    lookup = {tuple(h): f for h, f in zip(both.tolist(), density.tolist())}
-    coefficients = np.zeros(shape, np.complex128)
+    differences, products = [], []
     total = 0.0
     for rotation, translation in operations(space_group)[1:]:
-        mates = both @ rotation
-        of_mates = np.array([lookup.get(tuple(h), 0j) for h in mates.tolist()])
-        product = of_mates * density.conj() * np.exp(2j * np.pi * (both @ translation))
-        np.add.at(coefficients, tuple((mates - both).T % np.array(shape)[:, None]), product)
-        total += float((abs(of_mates) * abs(density)).sum())
-    scores = np.fft.ifftn(coefficients).real * (np.prod(shape) / max(total, 1e-300))
-    best = np.unravel_index(scores.argmax(), shape)
-    return np.array(best) / np.array(shape), scores
+        mates = hkl @ rotation
+        of_mates = _values_at(hkl, values, mates)
+        products.append(of_mates * np.conj(values) * np.exp(2j * np.pi * (hkl @ translation)))
+        differences.append(mates - hkl)
+        total += float((abs(of_mates) * abs(values)).sum())
+    difference, product = np.concatenate(differences), np.concatenate(products)
+    shape = tuple(fft_size(int(n)) for n in 2 * abs(difference).max(0) + 1)
+    coefficients = np.zeros(shape, np.complex128)
+    np.add.at(coefficients, tuple((difference % np.array(shape)).T), product)
+    scores = np.fft.ifftn(coefficients).real
+    start = np.array(np.unravel_index(scores.argmax(), shape)) / np.array(shape)
+    shift = climb(start, product, -difference, np.eye(3))
+    score = (product * np.exp(2j * np.pi * (difference @ shift))).real.sum() / max(total, 1e-300)
+    return shift, float(score)
+
+
+def climb(shift: NDArray, product: NDArray, hkl: NDArray, directions: NDArray, n_steps: int = 5) -> NDArray[np.float64]:
+    """Newton steps on sum Re product exp(-2 pi i h.s) from `shift` [3] along `directions` [3, K]; never downhill."""
+    if directions.shape[1] == 0:
+        return shift
+    along = hkl @ directions
+
+    def terms(s: NDArray) -> NDArray:
+        return product * np.exp(-2j * np.pi * (hkl @ s))
+
+    value = terms(shift)
+    for _ in range(n_steps):
+        gradient = 2 * np.pi * (value.imag @ along)
+        curvature = (2 * np.pi) ** 2 * (along * value.real[:, None]).T @ along
+        moved = shift + directions @ np.linalg.lstsq(curvature, gradient, rcond=1e-10)[0]
+        new = terms(moved)
+        if new.real.sum() <= value.real.sum():
+            break
+        shift, value = moved, new
+    return shift
 
 
 def impose_symmetry(
     hkl: NDArray, values: NDArray, space_group: gemmi.SpaceGroup, asu_hkl: NDArray
 ) -> NDArray[np.complex128]:
     """Structure factors [M] of the reflections `asu_hkl` [M, 3], averaged over their symmetry mates in P1."""
-    lookup = {tuple(h): f for h, f in zip(np.asarray(hkl).tolist(), np.asarray(values).tolist())}
-    lookup |= {tuple(-h for h in key): value.conjugate() for key, value in list(lookup.items())}
     asu_hkl = np.asarray(asu_hkl, np.int64)
     total = np.zeros(len(asu_hkl), np.complex128)
     for rotation, translation in operations(space_group):
-        mates = np.array([lookup.get(tuple(h), 0j) for h in (asu_hkl @ rotation).tolist()])
-        total += mates * np.exp(2j * np.pi * (asu_hkl @ translation))
+        total += _values_at(hkl, values, asu_hkl @ rotation) * np.exp(2j * np.pi * (asu_hkl @ translation))
     return total / len(operations(space_group))
