@@ -25,7 +25,7 @@ struct ShareRule {
     const double skew = (right - left) / (right + left);
     const double stretch = std::max(0.5 * (left + right) / spacing, 1.0 + 1e-9);
     double kappa = std::log(2 * stretch) + 1;
-    for (int i = 0; i < 12; ++i) {
+    for (int i = 0; i < 6; ++i) {
       const double t = skew * std::tanh(kappa);
       kappa = std::asinh(stretch * kappa * std::sqrt(1 - t * t));
     }
@@ -57,7 +57,7 @@ private:
   static double reach(double slope, double other, double sd, double level) {
     const double n = slope + other;
     double d = sd * std::sqrt(2 * level) + level / slope + 1;
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < 5; ++i) {
       const double decay = std::exp(-d) * slope;
       d -= (slope * d + n * std::log((other + decay) / n) - level) / (slope - n * decay / (other + decay));
     }

@@ -1,10 +1,12 @@
 """The ELBO against brute-force integration, its gradients, its edge cases and its physics."""
 
 import math
+import sys
 
 import pytest
 import torch
 
+from xtalfast import _native
 from xtalfast.ops import (
     LowRankProfile,
     MVNProfile,
@@ -343,3 +345,74 @@ def test_bad_input_is_named(change, error, message):
     arguments = dict(counts=counts, mask=mask, profile=profile, q_i=q_i, q_bg=q_bg, prior_i=FLAT[0], prior_bg=FLAT[1])
     with pytest.raises(error, match=message):
         poisson_gamma_elbo(**{**arguments, **change})
+
+
+def operator_arguments(form, estimator="quadrature"):
+    """Arguments of torch.ops.xtalfast.poisson_gamma_elbo for each form of profile."""
+    counts, mask, profile, q_i, q_bg = problem(3, (1, 3, 3))
+    q = torch.stack([*q_i, *q_bg]).requires_grad_()
+    prior = torch.rand(4, 3, dtype=torch.float64) + 0.5
+    draws = torch.rand(2, 3, 2, dtype=torch.float64).add(0.5).requires_grad_() if estimator == "mc" else None
+    scale_tril = grid = None
+    if form == "gaussian":
+        profile = torch.zeros(3, 3, dtype=torch.float64)
+        scale_tril, grid = torch.eye(3, dtype=torch.float64).repeat(3, 1, 1).requires_grad_(), grid_of((1, 3, 3))
+    kind = ["values", "logits", "gaussian"].index(form)
+    profile = profile.clone().requires_grad_()
+    return counts, mask, None, None, kind, profile, scale_tril, grid, q, prior, draws, 8, True
+
+
+@pytest.mark.parametrize("estimator", ["quadrature", "mc"])
+@pytest.mark.parametrize("form", ["values", "logits", "gaussian"])
+def test_operator_passes_opcheck(form, estimator):
+    torch.library.opcheck(torch.ops.xtalfast.poisson_gamma_elbo, operator_arguments(form, estimator))
+
+
+def test_sampler_passes_opcheck():
+    shape = torch.tensor([[0.3, 2.0], [5.0, 1.0]], dtype=torch.float64, requires_grad=True)
+    torch.library.opcheck(torch.ops.xtalfast.standard_gamma, (shape, 3, torch.tensor(7)))
+
+
+@pytest.mark.parametrize("estimator", ["quadrature", "mc"])
+def test_without_the_extension_the_reference_gives_the_same_in_runs(estimator, monkeypatch):
+    counts, mask, profile, q_i, q_bg = problem(33, (1, 5, 5))
+    logits = profile.log().requires_grad_()
+
+    def run():
+        loss = poisson_gamma_elbo(
+            counts, mask, SoftmaxProfile(logits), q_i, q_bg, *FLAT, estimator=estimator, samples=2, seed=1
+        )
+        return loss, torch.autograd.grad(loss.sum(), logits)[0]
+
+    fused = run()
+    monkeypatch.setattr(_native, "C", None)
+    module = sys.modules["xtalfast.ops.poisson_gamma_elbo"]
+    monkeypatch.setattr(module, "_REFERENCE_PIXELS", 96 * 25 * 4)  # four boxes at once
+    for one, other in zip(fused, run()):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("estimator", ["quadrature", "mc"])
+def test_compiles_to_one_graph(estimator):
+    counts, mask, profile, q_i, q_bg = problem(4)
+    logits = profile.log().requires_grad_()
+
+    def loss(logits):
+        values = poisson_gamma_elbo(
+            counts, mask, SoftmaxProfile(logits), q_i, q_bg, *FLAT, estimator=estimator, nodes=16, seed=3
+        )
+        return values.sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(logits), loss(logits))
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled(logits), logits)[0], torch.autograd.grad(loss(logits), logits)[0]
+    )
+
+
+def test_gradient_of_the_gradient_is_refused():
+    counts, mask, profile, q_i, q_bg = problem(2)
+    logits = profile.log().requires_grad_()
+    loss = poisson_gamma_elbo(counts, mask, SoftmaxProfile(logits), q_i, q_bg, *FLAT).sum()
+    with pytest.raises(RuntimeError, match="no gradient of its gradient"):
+        torch.autograd.grad(loss, logits, create_graph=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from xtalfast import _native
 from xtalfast.ops.gamma import GammaPair, TensorPair
 from xtalfast.ops.profiles import LowRankProfile, MVNProfile, Profile, SoftmaxProfile, materialise, segment_sum
 
@@ -233,6 +234,11 @@ def box_chunks(
                 background[pixels] if background is not None and background.shape == counts.shape else background,
             ),
         )
+
+
+def has_kernel(device: torch.device) -> bool:
+    """Whether the intensity ops have a compiled kernel for tensors on this device."""
+    return _native.C is not None and device.type == "cpu"
 
 
 _KERNEL_COUNTS = {torch.uint8: 0, torch.uint16: 1, torch.int32: 2, torch.float32: 3, torch.float64: 4}

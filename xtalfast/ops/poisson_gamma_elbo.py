@@ -23,20 +23,24 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
+from torch.utils.checkpoint import checkpoint
 
 from xtalfast import _native
 from xtalfast.ops._boxes import (
     SMALLEST_RATE,
     Boxes,
+    Chunk,
     KernelBoxes,
     box_chunks,
     check_boxes,
     check_rows,
     gamma_rows,
+    has_kernel,
+    profile_dtype,
     unpack,
 )
 from xtalfast.ops.gamma import GammaPair, gamma_kl
-from xtalfast.ops.profiles import LowRankProfile, MVNProfile, Profile, SoftmaxProfile, low_rank_logits
+from xtalfast.ops.profiles import LowRankProfile, Profile, SoftmaxProfile, low_rank_logits
 
 Nodes = int | Literal["auto"]
 Estimator = Literal["quadrature", "mc"]
@@ -64,7 +68,7 @@ def share_nodes(shape_i: Tensor, shape_bg: Tensor, n_nodes: int) -> tuple[Tensor
         def reach(slope: Tensor, other: Tensor) -> Tensor:
             # distance d at which slope d + n log(other/n + slope/n e^-d) = level; Newton from outside is monotone
             d = sd * math.sqrt(2 * level) + level / slope + 1
-            for _ in range(8):
+            for _ in range(5):
                 decay = torch.exp(-d) * slope
                 d = d - (slope * d + n * torch.log((other + decay) / n) - level) / (slope - n * decay / (other + decay))
             return d
@@ -75,7 +79,7 @@ def share_nodes(shape_i: Tensor, shape_bg: Tensor, n_nodes: int) -> tuple[Tensor
         skew = (right - left) / (right + left)
         stretch = torch.clamp(0.5 * (left + right) / spacing, min=1.0 + 1e-9)
         kappa = torch.log(2 * stretch) + 1
-        for _ in range(12):
+        for _ in range(6):
             kappa = torch.asinh(stretch * kappa * torch.sqrt(1 - (skew * torch.tanh(kappa)) ** 2))
         kappa = torch.clamp(kappa, min=1e-3)
         eta = torch.atanh(skew * torch.tanh(kappa))
@@ -258,91 +262,50 @@ def _gradients_like(profile, scale_tril, q, draws, gradients):
     )
 
 
-def _form(kind: int, profile: Tensor, scale_tril: Tensor | None, grid: Tensor | None) -> Profile:
-    if kind == _GAUSSIAN:
-        assert scale_tril is not None and grid is not None
-        return MVNProfile(profile, scale_tril, grid)
-    return SoftmaxProfile(profile) if kind == _LOGITS else profile
-
-
 def _elbo(counts, mask, ptr, background, kind, profile, scale_tril, grid, q, prior, draws, nodes, gradients):
-    """The compiled kernel, or the reference in runs of reflections that bound its memory."""
+    kernel = _native.require("poisson_gamma_elbo on the CPU")
     n = q.shape[1]
     out = _gradients_like(profile, scale_tril, q, draws, gradients)
     by_profile, by_scale, by_q, by_draws, divergence_by = out
+    by_q.zero_()  # Monte Carlo differentiates the draws instead
     loss, divergence = q.new_empty(n), q.new_empty(2, n)
-    if _native.C is not None and counts.device.type == "cpu":
-        boxes = KernelBoxes(counts, mask, ptr, background, profile.dtype)
-        tensors = {
-            "profile": profile if kind != _GAUSSIAN else None,
-            "mean": profile if kind == _GAUSSIAN else None,
-            "scale_tril": scale_tril,
-            "grid": grid,
-            "q": q,
-            "prior": prior,
-            "draws_i": None if draws is None else draws[0],
-            "draws_b": None if draws is None else draws[1],
-        }
-        tensors = {name: None if tensor is None else tensor.contiguous() for name, tensor in tensors.items()}
-        by_q.zero_()  # Monte Carlo differentiates the draws instead
-        _native.C.poisson_gamma_elbo(
-            boxes.arguments,
-            {name: 0 if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()}
-            | {
-                "gradients": gradients,
-                "profile_kind": kind,
-                "nodes": nodes,
-                "samples": 0 if draws is None else draws.shape[2],
-                "loss": loss.data_ptr(),
-                "divergence": divergence.data_ptr(),
-                "grad_profile": by_profile.data_ptr(),
-                "grad_mean": by_profile.data_ptr(),
-                "grad_scale": by_scale.data_ptr(),
-                "grad_q": by_q.data_ptr(),
-                "grad_draws_i": by_draws[:1].data_ptr(),
-                "grad_draws_b": by_draws[1:].data_ptr(),
-                "grad_divergence": divergence_by.data_ptr(),
-            },
-        )
-        return loss, divergence, *out
-
-    width = draws.shape[2] if draws is not None else nodes or _MOST_NODES
-    form = _form(kind, profile, scale_tril, grid)
-    for rows, chunk in box_chunks(counts, mask, form, ptr, background, n, _REFERENCE_PIXELS // width):
-        with torch.set_grad_enabled(gradients):
-            part = chunk[2]
-            leaves = [part.mean, part.scale_tril] if kind == _GAUSSIAN else [part.logits if kind == _LOGITS else part]
-            leaves = [t.detach().requires_grad_(gradients) for t in leaves]
-            part = _form(kind, leaves[0], leaves[-1], getattr(part, "grid", None))
-            some_q, some_prior = (t[:, rows].detach().requires_grad_(gradients) for t in (q, prior))
-            some_draws = None if draws is None else draws[:, rows].detach().requires_grad_(gradients)
-            boxes = unpack(*chunk[:2], part, *chunk[3:])
-            some_loss = expected_loss(boxes, some_q, nodes, some_draws)
-            some_divergence = divergences(some_q, some_prior)
-        loss[rows], divergence[:, rows] = some_loss.detach(), some_divergence.detach()
-        if not gradients or len(boxes) == 0:
-            continue
-        # every box depends on its own row only: the gradient of the sum holds the gradient of each
-        targets = [*leaves, some_q] + ([] if some_draws is None else [some_draws])
-        found = torch.autograd.grad(some_loss.sum(), targets, materialize_grads=True)
-        pixels = rows if ptr is None or kind == _GAUSSIAN else slice(int(ptr[rows.start]), int(ptr[rows.stop]))
-        by_profile[pixels] = found[0]
-        if kind == _GAUSSIAN:
-            by_scale[rows] = found[1]
-        by_q[:, rows] = found[len(leaves)]
-        if some_draws is not None:
-            by_draws[:, rows] = found[-1]
-        for k in range(2):
-            of_q, of_prior = torch.autograd.grad(some_divergence[k].sum(), [some_q, some_prior], retain_graph=True)
-            divergence_by[4 * k : 4 * k + 2, rows] = of_q[2 * k : 2 * k + 2]
-            divergence_by[4 * k + 2 : 4 * k + 4, rows] = of_prior[2 * k : 2 * k + 2]
+    boxes = KernelBoxes(counts, mask, ptr, background, profile.dtype)
+    gaussian = kind == _GAUSSIAN
+    tensors = {
+        "profile": None if gaussian else profile,
+        "mean": profile if gaussian else None,
+        "scale_tril": scale_tril,
+        "grid": grid,
+        "q": q,
+        "prior": prior,
+        "draws_i": None if draws is None else draws[0],
+        "draws_b": None if draws is None else draws[1],
+    }
+    tensors = {name: None if tensor is None else tensor.contiguous() for name, tensor in tensors.items()}
+    outputs = {
+        "loss": loss,
+        "divergence": divergence,
+        "grad_profile": by_profile,
+        "grad_mean": by_profile,
+        "grad_scale": by_scale,
+        "grad_q": by_q,
+        "grad_draws_i": by_draws[:1],
+        "grad_draws_b": by_draws[1:],
+        "grad_divergence": divergence_by,
+    }
+    arguments = {name: 0 if tensor is None else tensor.data_ptr() for name, tensor in (tensors | outputs).items()}
+    samples = 0 if draws is None else draws.shape[2]
+    kernel.poisson_gamma_elbo(
+        boxes.arguments,
+        arguments | {"gradients": gradients, "profile_kind": kind, "nodes": nodes, "samples": samples},
+    )
     return loss, divergence, *out
 
 
 for _device in ("CPU", "CUDA"):
     _library.impl("standard_gamma", _standard_gamma, _device)
     _library.impl("standard_gamma_backward", _standard_gamma_backward, _device)
-    _library.impl("poisson_gamma_elbo", _elbo, _device)
+_library.impl("poisson_gamma_elbo", _elbo, "CPU")
 
 
 def _setup_elbo(ctx, inputs, output):
@@ -440,26 +403,41 @@ def poisson_gamma_elbo(
     q = torch.stack([*gamma_rows(q_i, n, counts), *gamma_rows(q_bg, n, counts)])
     prior = torch.stack([*gamma_rows(prior_i, n, counts), *gamma_rows(prior_bg, n, counts)])
     draws = monte_carlo_draws(q, samples, _seed(seed, counts.device)) if estimator == "mc" else None
+    n_nodes = 0 if nodes == "auto" else nodes
+    dtype = torch.promote_types(profile_dtype(profile), torch.float32)
+    if has_kernel(counts.device):
+        loss, divergence = _fused(counts, mask, profile, ptr, background, q, prior, draws, n_nodes)
+    else:
+        loss = _in_runs(counts, mask, profile, ptr, background, q, draws, n_nodes)
+        divergence = divergences(q, prior)
+    return _combine(loss, divergence, kappa_i, kappa_bg).to(dtype)
+
+
+def _fused(counts, mask, profile, ptr, background, q, prior, draws, nodes) -> tuple[Tensor, Tensor]:
+    """Loss [N] and divergences [2, N] by the compiled kernel."""
     form = SoftmaxProfile(low_rank_logits(profile)) if isinstance(profile, LowRankProfile) else profile
-    tensors: list[Tensor] = [form] if isinstance(form, Tensor) else list(vars(form).values())
-    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     kind = _VALUES if isinstance(form, Tensor) else _LOGITS if isinstance(form, SoftmaxProfile) else _GAUSSIAN
+    tensors = [form] if isinstance(form, Tensor) else list(vars(form).values())
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     values, scale_tril, grid = ([t.to(dtype) for t in tensors] + [None, None])[:3]
     learned = [t for t in (values, scale_tril, q, prior, draws) if t is not None]
     gradients = torch.is_grad_enabled() and any(t.requires_grad for t in learned)
+    shape = None if background is None else background.to(dtype)
     loss, divergence, *_ = torch.ops.xtalfast.poisson_gamma_elbo(
-        counts,
-        mask,
-        ptr,
-        None if background is None else background.to(dtype),
-        kind,
-        values,
-        scale_tril,
-        grid,
-        q,
-        prior,
-        draws,
-        0 if nodes == "auto" else nodes,
-        gradients,
+        counts, mask, ptr, shape, kind, values, scale_tril, grid, q, prior, draws, nodes, gradients
     )
-    return _combine(loss, divergence, kappa_i, kappa_bg).to(dtype)
+    return loss, divergence
+
+
+def _in_runs(counts, mask, profile, ptr, background, q, draws, nodes) -> Tensor:
+    """Loss [N] by the reference, in runs of reflections that bound its memory."""
+    width = nodes or _MOST_NODES if draws is None else draws.shape[2]
+    pieces: list[Tensor] = []
+    for rows, chunk in box_chunks(counts, mask, profile, ptr, background, q.shape[1], _REFERENCE_PIXELS // width):
+
+        def piece(rows: slice = rows, chunk: Chunk = chunk) -> Tensor:
+            return expected_loss(unpack(*chunk), q[:, rows], nodes, None if draws is None else draws[:, rows])
+
+        # recomputed in the backward pass, so that no array of pixels x nodes outlives its run
+        pieces.append(checkpoint(piece, use_reentrant=False) if torch.is_grad_enabled() else piece())
+    return torch.cat(pieces)
