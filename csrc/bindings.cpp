@@ -1,14 +1,20 @@
 // The one file that includes pybind11. Raw pointers (as integers), sizes and the CUDA stream come in; every check of
 // shape and dtype has been made in Python. Kernels live in files of their own, without pybind11 or torch headers.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 
 #include "byte_offset.hpp"
 #include "density_map.hpp"
 #include "extract_shoeboxes.hpp"
+#include "intensity_posterior.hpp"
 #include "mark_overlaps.hpp"
+#include "patterson_map.hpp"
 #include "poisson_gamma_elbo.hpp"
+#include "profile_fit.hpp"
+#include "structure_factors.hpp"
 
 namespace py = pybind11;
 
@@ -25,8 +31,7 @@ xtalfast::AtomMaps atom_maps(const py::dict &d) {
           pointer<void>(address("occupancy")),
           pointer<double>(address("form_factors")),
           pointer<std::int64_t>(address("ptr")),
-          pointer<double>(address("orth")),
-          pointer<double>(address("frac")),
+          pointer<double>(address("cells")),
           pointer<std::int64_t>(address("grid")),
           pointer<std::int64_t>(address("offset")),
           d["n_maps"].cast<std::int64_t>(),
@@ -44,6 +49,20 @@ xtalfast::Shoeboxes shoeboxes(const py::dict &d) {
           pointer<std::int64_t>(address("ptr")), d["n"].cast<std::int64_t>(),
           d["pixels"].cast<std::int64_t>(),      pointer<void>(address("background")),
           d["background_rows"].cast<bool>(),     d["threads"].cast<int>()};
+}
+
+// The arguments that filter_spectrum and spectrum_intensity share, by name.
+xtalfast::HalfSpectra half_spectra(const py::dict &d) {
+  const auto n = d["n"].cast<std::array<std::int64_t, 3>>();
+  return {pointer<double>(d["cells"].cast<std::uintptr_t>()),
+          d["n_maps"].cast<std::int64_t>(),
+          {n[0], n[1]},
+          n[2] / 2 + 1,
+          d["inverse_d2_max"].cast<double>(),
+          d["scale"].cast<double>(),
+          d["volume_power"].cast<int>(),
+          d["f000"].cast<bool>(),
+          d["wide"].cast<bool>()};
 }
 
 } // namespace
@@ -128,6 +147,10 @@ PYBIND11_MODULE(_C, m) {
       py::arg("wavelength"), py::arg("rotation"), py::arg("translation"), py::arg("n_ops"), py::arg("denominator"),
       py::arg("bit"), py::arg("n_threads"), py::call_guard<py::gil_scoped_release>());
 
+  m.def("find_impossible_cell", [](std::uintptr_t cells, std::int64_t n) {
+    return xtalfast::find_impossible_cell(pointer<const double>(cells), n);
+  });
+
   // The functions on a CUDA device -> 0 or a cudaError_t.
   m.def(
       "density_map",
@@ -199,5 +222,90 @@ PYBIND11_MODULE(_C, m) {
                                             pointer<double>(address("grad_divergence"))};
     const py::gil_scoped_release release;
     xtalfast::poisson_gamma_elbo(arguments);
+  });
+
+  m.def(
+      "filter_spectrum",
+      [](const py::dict &spectra, double blur, std::uintptr_t in, std::uintptr_t out, bool on_cuda,
+         std::uintptr_t stream, int n_threads) {
+        const xtalfast::HalfSpectra s = half_spectra(spectra);
+        const py::gil_scoped_release release;
+        if (!on_cuda) {
+          xtalfast::filter_spectrum(s, blur, pointer<void>(in), pointer<void>(out), n_threads);
+          return 0;
+        }
+#ifdef XTALFAST_WITH_CUDA
+        return xtalfast::filter_spectrum_cuda(s, blur, pointer<void>(in), pointer<void>(out), pointer<void>(stream));
+#else
+        (void)stream;
+        return -1;
+#endif
+      },
+      py::arg("spectra"), py::arg("blur"), py::arg("input"), py::arg("out"), py::arg("on_cuda"), py::arg("stream"),
+      py::arg("n_threads"));
+  m.def(
+      "spectrum_intensity",
+      [](const py::dict &spectra, std::uintptr_t in, std::uintptr_t intensity, std::int64_t n_kept, bool on_cuda,
+         std::uintptr_t stream, int n_threads) {
+        const xtalfast::HalfSpectra s = half_spectra(spectra);
+        const py::gil_scoped_release release;
+        if (!on_cuda) {
+          xtalfast::spectrum_intensity(s, pointer<void>(in), pointer<void>(intensity), n_kept, n_threads);
+          return 0;
+        }
+#ifdef XTALFAST_WITH_CUDA
+        return xtalfast::spectrum_intensity_cuda(s, pointer<void>(in), pointer<void>(intensity), n_kept,
+                                                 pointer<void>(stream));
+#else
+        (void)stream;
+        return -1;
+#endif
+      },
+      py::arg("spectra"), py::arg("input"), py::arg("intensity"), py::arg("n_kept"), py::arg("on_cuda"),
+      py::arg("stream"), py::arg("n_threads"));
+  m.def(
+      "mirror_map",
+      [](std::int64_t n_maps, const std::array<std::int64_t, 3> &n, bool wide, std::uintptr_t half, std::uintptr_t map,
+         bool on_cuda, std::uintptr_t stream, int n_threads) {
+        const xtalfast::HalfMaps maps{n_maps, {n[0], n[1], n[2]}, wide};
+        const py::gil_scoped_release release;
+        if (!on_cuda) {
+          xtalfast::mirror_map(maps, pointer<void>(half), pointer<void>(map), n_threads);
+          return 0;
+        }
+#ifdef XTALFAST_WITH_CUDA
+        return xtalfast::mirror_map_cuda(maps, pointer<void>(half), pointer<void>(map), pointer<void>(stream));
+#else
+        (void)stream;
+        return -1;
+#endif
+      },
+      py::arg("n_maps"), py::arg("n"), py::arg("wide"), py::arg("half"), py::arg("map"), py::arg("on_cuda"),
+      py::arg("stream"), py::arg("n_threads"));
+  m.def("profile_fit", [](const py::dict &boxes, const py::dict &d) {
+    const auto address = [&](const char *name) { return d[name].cast<std::uintptr_t>(); };
+    const xtalfast::ProfileFitArguments arguments{shoeboxes(boxes),
+                                                  boxes["wide"].cast<bool>(),
+                                                  pointer<void>(address("profile")),
+                                                  pointer<double>(address("at")),
+                                                  pointer<double>(address("fit")),
+                                                  pointer<std::uint8_t>(address("solvable"))};
+    const py::gil_scoped_release release;
+    xtalfast::profile_fit(arguments);
+  });
+  m.def("intensity_posterior", [](const py::dict &boxes, const py::dict &d) {
+    const auto address = [&](const char *name) { return d[name].cast<std::uintptr_t>(); };
+    const xtalfast::PosteriorArguments arguments{shoeboxes(boxes),
+                                                 boxes["wide"].cast<bool>(),
+                                                 pointer<void>(address("profile")),
+                                                 pointer<double>(address("prior")),
+                                                 pointer<double>(address("node")),
+                                                 d["nodes"].cast<int>(),
+                                                 d["tolerance"].cast<double>(),
+                                                 d["tail"].cast<double>(),
+                                                 pointer<double>(address("summary")),
+                                                 pointer<double>(address("log_rates"))};
+    const py::gil_scoped_release release;
+    xtalfast::intensity_posterior(arguments);
   });
 }

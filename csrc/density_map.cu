@@ -32,8 +32,8 @@ template <class T> struct PlacedAtom {
 };
 
 template <class T>
-inline __device__ void place_atom(const AtomMaps &maps, std::int64_t i, std::int64_t atom, const GridMetric<T> &m,
-                                  bool with_occupancy, PlacedAtom<T> &out) {
+inline __device__ void place_atom(const AtomMaps &maps, std::int64_t i, std::int64_t atom, const UnitCell &cell,
+                                  const GridMetric<T> &m, bool with_occupancy, PlacedAtom<T> &out) {
   const T b_iso = static_cast<const T *>(maps.b_iso)[atom];
   const double b = static_cast<double>(b_iso) + maps.blur;
   out.shape = make_atom_shape<T>(maps.form_factors + 2 * n_terms * maps.row[atom], b, maps.cutoff);
@@ -41,7 +41,7 @@ inline __device__ void place_atom(const AtomMaps &maps, std::int64_t i, std::int
     for (int k = 0; k < n_terms; ++k)
       out.shape.weight[k] *= static_cast<const T *>(maps.occupancy)[atom];
   const T *xyz = static_cast<const T *>(maps.coords) + 3 * atom;
-  const auto at = make_grid_position(xyz, maps.frac + 9 * i, maps.grid + 3 * i);
+  const auto at = make_grid_position(xyz, cell, maps.grid + 3 * i);
   const T radius = sqrt(out.shape.r2_max);
   for (int axis = 0; axis < 3; ++axis) {
     out.base[axis] = static_cast<int>(at.base[axis]);
@@ -63,8 +63,9 @@ template <class T> __global__ void __launch_bounds__(threads) place_atoms_kernel
   if (atom >= maps.n_atoms)
     return;
   const std::int64_t i = map_of(maps.ptr, maps.n_maps, atom);
-  const GridMetric<T> m = make_grid_metric<T>(maps.orth + 9 * i, maps.frac + 9 * i, maps.grid + 3 * i);
-  place_atom(maps, i, atom, m, true, atoms[atom]);
+  const UnitCell cell = make_unit_cell(maps.cells + 6 * i);
+  const GridMetric<T> m = make_grid_metric<T>(cell, maps.grid + 3 * i);
+  place_atom(maps, i, atom, cell, m, true, atoms[atom]);
 }
 
 // Every voxel is summed by one thread, over the atoms in order and all their periodic images that reach the brick: no
@@ -78,7 +79,7 @@ __global__ void __launch_bounds__(threads)
   __shared__ std::int64_t map;
   if (threadIdx.x == 0) {
     map = map_of(brick_ptr, maps.n_maps, blockIdx.x);
-    m = make_grid_metric<T>(maps.orth + 9 * map, maps.frac + 9 * map, maps.grid + 3 * map);
+    m = make_grid_metric<T>(make_unit_cell(maps.cells + 6 * map), maps.grid + 3 * map);
   }
   __syncthreads();
   int corner[3]; // of the brick
@@ -141,8 +142,9 @@ __global__ void __launch_bounds__(threads) density_map_backward_kernel(AtomMaps 
   const std::int64_t index = blockIdx.x;
   if (threadIdx.x == 0) {
     map = map_of(maps.ptr, maps.n_maps, index);
-    m = make_grid_metric<T>(maps.orth + 9 * map, maps.frac + 9 * map, maps.grid + 3 * map);
-    place_atom(maps, map, index, m, false, atom);
+    const UnitCell cell = make_unit_cell(maps.cells + 6 * map);
+    m = make_grid_metric<T>(cell, maps.grid + 3 * map);
+    place_atom(maps, map, index, cell, m, false, atom);
     const double b = static_cast<double>(static_cast<const T *>(maps.b_iso)[index]) + maps.blur;
     for (int k = 0; k < n_terms; ++k) {
       const double width = maps.form_factors[2 * n_terms * maps.row[index] + n_terms + k] + b;

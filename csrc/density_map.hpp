@@ -2,14 +2,7 @@
 // xtalfast/ops/density_map.py.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-
-#ifdef __CUDACC__
-#define XTALFAST_HD __host__ __device__
-#else
-#define XTALFAST_HD
-#endif
+#include "unit_cell.hpp"
 
 namespace xtalfast {
 
@@ -22,8 +15,7 @@ struct AtomMaps {
   const void *occupancy;      // T [n_atoms]
   const double *form_factors; // [n_rows, 10]: a1 .. a4, c, b1 .. b4, 0
   const std::int64_t *ptr;    // [n_maps + 1]
-  const double *orth;         // [n_maps, 3, 3] Cartesian = orth x fractional, row by row
-  const double *frac;         // [n_maps, 3, 3] its inverse
+  const double *cells;        // [n_maps, 6] a, b, c (A), alpha, beta, gamma (deg)
   const std::int64_t *grid;   // [n_maps, 3]
   const std::int64_t *offset; // [n_maps + 1]
   std::int64_t n_maps, n_atoms;
@@ -58,7 +50,6 @@ int density_map_backward_cuda(const AtomMaps &maps, const AtomGradients &out, vo
 // What both implementations share: the shape of an atom and of the grid it stands on.
 
 constexpr int n_terms = 5;
-constexpr double pi = 3.14159265358979323846, ln_2 = 0.69314718055994531;
 
 // rho(r) = sum_m weight_m exp2(-decay_m r^2), e/A^3.
 template <class T> struct AtomShape {
@@ -121,8 +112,7 @@ template <class T> struct GridMetric {
   std::int64_t n[3];
 };
 
-template <class T>
-inline XTALFAST_HD GridMetric<T> make_grid_metric(const double *orth, const double *frac, const std::int64_t *grid) {
+template <class T> inline XTALFAST_HD GridMetric<T> make_grid_metric(const UnitCell &cell, const std::int64_t *grid) {
   double g[3][3];
   GridMetric<T> m;
   for (int i = 0; i < 3; ++i) {
@@ -131,9 +121,9 @@ inline XTALFAST_HD GridMetric<T> make_grid_metric(const double *orth, const doub
     for (int j = 0; j < 3; ++j) {
       g[i][j] = 0;
       for (int x = 0; x < 3; ++x)
-        g[i][j] += orth[3 * x + i] * orth[3 * x + j];
+        g[i][j] += cell.orth[3 * x + i] * cell.orth[3 * x + j];
       g[i][j] /= static_cast<double>(grid[i]) * static_cast<double>(grid[j]);
-      const double to_grid = frac[3 * i + j] * static_cast<double>(grid[i]);
+      const double to_grid = cell.frac[3 * i + j] * static_cast<double>(grid[i]);
       m.to_grid[3 * i + j] = static_cast<T>(to_grid);
       norm2 += to_grid * to_grid;
     }
@@ -157,7 +147,8 @@ template <class T> struct GridPosition {
 };
 
 template <class T>
-inline XTALFAST_HD GridPosition<T> make_grid_position(const T *xyz, const double *frac, const std::int64_t *grid) {
+inline XTALFAST_HD GridPosition<T> make_grid_position(const T *xyz, const UnitCell &cell, const std::int64_t *grid) {
+  const double *frac = cell.frac;
   GridPosition<T> p;
   for (int i = 0; i < 3; ++i) {
     double f = frac[3 * i] * static_cast<double>(xyz[0]) + frac[3 * i + 1] * static_cast<double>(xyz[1]) +
@@ -171,6 +162,8 @@ inline XTALFAST_HD GridPosition<T> make_grid_position(const T *xyz, const double
 }
 
 inline XTALFAST_HD std::int64_t wrap(std::int64_t i, std::int64_t n) {
+  if (i >= 0 && i < n) // nearly always, and a division is slow
+    return i;
   const std::int64_t r = i % n;
   return r < 0 ? r + n : r;
 }

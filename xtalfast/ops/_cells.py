@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from xtalfast import _native
+
 
 def orthogonalization(cells: Tensor) -> Tensor:
     """Matrices that take fractional to Cartesian coordinates, a along x and b in the xy plane, as in PDB files.
@@ -27,23 +29,29 @@ def orthogonalization(cells: Tensor) -> Tensor:
     return torch.stack(rows, 1).view(-1, 3, 3)
 
 
-def volumes(orth: Tensor) -> Tensor:
-    """Volumes of the cells, [B], A^3: the product of the diagonal of an upper triangular matrix."""
-    return torch.diagonal(orth, dim1=1, dim2=2).prod(1)
+def volumes(cells: Tensor) -> Tensor:
+    """Volumes of the cells, [B], A^3, float64: the product of the diagonal of an upper triangular matrix."""
+    return torch.diagonal(orthogonalization(cells), dim1=1, dim2=2).prod(1)
 
 
-def check_cells(cells: Tensor, n_maps: int | None = None) -> None:
-    """Raise TypeError or ValueError unless `cells` holds possible unit cells, [B, 6]."""
+def _first_impossible(cells: Tensor) -> int:
+    """Index of the first cell that cannot be one (heights must exceed 1e-3 A), or -1."""
+    cells = cells.to("cpu", torch.float64).contiguous()
+    if _native.C is not None:
+        return _native.C.find_impossible_cell(cells.data_ptr(), len(cells))
+    heights = torch.diagonal(orthogonalization(cells), dim1=1, dim2=2)
+    bad = ~((cells[:, :3] > 0).all(1) & (heights > 1e-3).all(1) & torch.isfinite(volumes(cells)))
+    return int(bad.nonzero()[0]) if bool(bad.any()) else -1
+
+
+def check_cells(cells: Tensor, n_maps: int) -> None:
+    """Raise TypeError or ValueError unless `cells` holds `n_maps` possible unit cells, [B, 6]."""
     if not isinstance(cells, Tensor) or not cells.dtype.is_floating_point:
         raise TypeError("cells must be a floating tensor [B, 6] of a, b, c (A), alpha, beta, gamma (deg)")
-    if cells.ndim != 2 or cells.shape[1] != 6:
-        raise ValueError(f"cells must be [B, 6], got {list(cells.shape)}")
-    if n_maps is not None and cells.shape[0] != n_maps:
+    if cells.ndim != 2 or cells.shape[0] != n_maps or cells.shape[1] != 6:
         raise ValueError(f"cells must be [B, 6] with B={n_maps}, got {list(cells.shape)}")
-    if torch.compiler.is_compiling() or cells.shape[0] == 0:
+    if torch.compiler.is_compiling():
         return
-    lengths, diagonal = cells[:, :3], torch.diagonal(orthogonalization(cells), dim1=1, dim2=2)
-    good = torch.isfinite(cells).all(1) & (lengths > 0).all(1) & (diagonal > 1e-3).all(1)
-    if not bool(good.all()):
-        bad = int((~good).nonzero()[0])
+    bad = _first_impossible(cells)
+    if bad >= 0:
         raise ValueError(f"cells must be possible unit cells, got {cells[bad].tolist()} (cell {bad}); check its angles")

@@ -80,7 +80,7 @@ def density_map_reference(
     b_iso: Tensor,
     occupancy: Tensor,
     ptr: Tensor,
-    orth: Tensor,
+    cells: Tensor,
     grid: Sequence[int],
     form_factors: Tensor,
     cutoff: float,
@@ -88,6 +88,7 @@ def density_map_reference(
 ) -> Tensor:
     """What `density_map` computes, atom by atom; `grid` holds three sizes a map, the maps come one after the other."""
     maps = []
+    orth = orthogonalization(cells)
     for i in range(len(ptr) - 1):
         n = torch.tensor(grid[3 * i : 3 * i + 3], device=coords.device)
         to_cartesian = orth[i].to(coords.dtype) / n  # columns: one step of the grid, A
@@ -113,7 +114,7 @@ def density_map_reference(
 
 _library = torch.library.Library("xtalfast", "FRAGMENT")
 _ATOMS = (
-    "Tensor coords, Tensor element, Tensor b_iso, Tensor occupancy, Tensor ptr, Tensor orth, SymInt[] grid, "
+    "Tensor coords, Tensor element, Tensor b_iso, Tensor occupancy, Tensor ptr, Tensor cells, SymInt[] grid, "
     "Tensor form_factors, float cutoff, float blur"
 )
 _library.define(f"density_map({_ATOMS}) -> Tensor")
@@ -125,12 +126,12 @@ def _n_voxels(grid):
 
 
 @torch.library.register_fake("xtalfast::density_map", lib=_library)
-def _(coords, element, b_iso, occupancy, ptr, orth, grid, form_factors, cutoff, blur):
+def _(coords, element, b_iso, occupancy, ptr, cells, grid, form_factors, cutoff, blur):
     return coords.new_empty(_n_voxels(grid))
 
 
 @torch.library.register_fake("xtalfast::density_map_backward", lib=_library)
-def _(grad, coords, element, b_iso, occupancy, ptr, orth, grid, form_factors, cutoff, blur):
+def _(grad, coords, element, b_iso, occupancy, ptr, cells, grid, form_factors, cutoff, blur):
     return torch.empty_like(coords), torch.empty_like(b_iso), torch.empty_like(occupancy)
 
 
@@ -141,7 +142,7 @@ def _has_kernel(device: torch.device) -> bool:
 class _AtomMaps:
     """The arguments as the kernels take them; keeps the tensors alive."""
 
-    def __init__(self, coords, element, b_iso, occupancy, ptr, orth, grid, form_factors, cutoff, blur):
+    def __init__(self, coords, element, b_iso, occupancy, ptr, cells, grid, form_factors, cutoff, blur):
         device = coords.device
         sizes = torch.tensor(grid, dtype=torch.int64).view(-1, 3)
         self.tensors = {
@@ -151,8 +152,7 @@ class _AtomMaps:
             "occupancy": occupancy,
             "form_factors": form_factors,
             "ptr": ptr,
-            "orth": orth,
-            "frac": torch.linalg.inv(orth),
+            "cells": cells,
             "grid": sizes.to(device),
             "offset": torch.nn.functional.pad(sizes.prod(1).cumsum(0), (1, 0)).to(device),
         }
@@ -167,8 +167,8 @@ class _AtomMaps:
         self.sizes = sizes
 
 
-def _density_map(coords, element, b_iso, occupancy, ptr, orth, grid, form_factors, cutoff, blur):
-    arguments = (coords, element, b_iso, occupancy, ptr, orth, grid, form_factors, cutoff, blur)
+def _density_map(coords, element, b_iso, occupancy, ptr, cells, grid, form_factors, cutoff, blur):
+    arguments = (coords, element, b_iso, occupancy, ptr, cells, grid, form_factors, cutoff, blur)
     if not _has_kernel(coords.device):
         return density_map_reference(*arguments)
     maps = _AtomMaps(*arguments)
@@ -194,8 +194,8 @@ def _density_map(coords, element, b_iso, occupancy, ptr, orth, grid, form_factor
     return density
 
 
-def _density_map_backward(grad, coords, element, b_iso, occupancy, ptr, orth, grid, form_factors, cutoff, blur):
-    arguments = (coords, element, b_iso, occupancy, ptr, orth, grid, form_factors, cutoff, blur)
+def _density_map_backward(grad, coords, element, b_iso, occupancy, ptr, cells, grid, form_factors, cutoff, blur):
+    arguments = (coords, element, b_iso, occupancy, ptr, cells, grid, form_factors, cutoff, blur)
     if not _has_kernel(coords.device):
         inputs = [tensor.detach().requires_grad_() for tensor in (coords, b_iso, occupancy)]
         with torch.enable_grad():
@@ -231,16 +231,16 @@ for _device in ("CPU", "CUDA"):
 
 
 def _setup_context(ctx, inputs, output):
-    coords, element, b_iso, occupancy, ptr, orth, grid, form_factors, cutoff, blur = inputs
-    ctx.save_for_backward(coords, element, b_iso, occupancy, ptr, orth, form_factors)
+    coords, element, b_iso, occupancy, ptr, cells, grid, form_factors, cutoff, blur = inputs
+    ctx.save_for_backward(coords, element, b_iso, occupancy, ptr, cells, form_factors)
     ctx.rest = (grid, cutoff, blur)
 
 
 def _backward(ctx, grad):
-    coords, element, b_iso, occupancy, ptr, orth, form_factors = ctx.saved_tensors
+    coords, element, b_iso, occupancy, ptr, cells, form_factors = ctx.saved_tensors
     grid, cutoff, blur = ctx.rest
     by_coords, by_b, by_occupancy = torch.ops.xtalfast.density_map_backward(
-        grad, coords, element, b_iso, occupancy, ptr, orth, grid, form_factors, cutoff, blur
+        grad, coords, element, b_iso, occupancy, ptr, cells, grid, form_factors, cutoff, blur
     )
     return by_coords, None, by_b, by_occupancy, None, None, None, None, None, None
 
@@ -283,11 +283,11 @@ def density_map(
         ValueError: wrong shape, device or range.
     """
     sizes = _check(coords, element, b_iso, occupancy, ptr, cells, grid, cutoff, blur)
-    orth = orthogonalization(cells.to(coords.device))
+    cells = cells.to(coords.device, torch.float64)
     flat = [n for size in sizes for n in size]
     form_factors = it92_form_factors().to(coords.device)
     density = torch.ops.xtalfast.density_map(
-        coords, element, b_iso, occupancy, ptr, orth, flat, form_factors, float(cutoff), float(blur)
+        coords, element, b_iso, occupancy, ptr, cells, flat, form_factors, float(cutoff), float(blur)
     )
     if all(size == sizes[0] for size in sizes):
         return density.view(len(sizes), *(sizes[0] if sizes else (1, 1, 1)))

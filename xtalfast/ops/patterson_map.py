@@ -2,7 +2,11 @@
 
     P(u) = (1/V) sum_h |F(h)|^2 cos(2 pi h.u) = integral over the cell of rho(x) rho(x + u) dx
 
-Density paper, eq. 3-4. P has its origin at the cell corner and P(u) = P(-u).
+P has its origin at the cell corner and P(u) = P(-u), so that the transforms run over half of the intensities (real, not
+complex) and over half of the map, and the other half is copied: half the work of a general transform. The transforms are
+torch.fft's, see `structure_factors`; a C++ or CUDA pass before them squares and limits the spectrum, one after mirrors.
+
+Ref: Patterson, Phys. Rev. 46, 372 (1934), doi:10.1103/PhysRev.46.372.
 
 Example:
     >>> density, cells = torch.rand(1, 20, 24, 24), torch.tensor([[10.0, 11.0, 12.0, 90.0, 100.0, 90.0]])
@@ -12,34 +16,149 @@ Example:
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from xtalfast.ops._cells import orthogonalization, volumes
+from xtalfast import _native
+from xtalfast.ops._cells import volumes
 from xtalfast.ops.structure_factors import (
     Maps,
     by_grid,
     check_maps,
+    full_n_z,
+    has_kernel,
+    inside_sphere,
     inverse_d2,
+    kernel_spectra,
+    run_kernel,
     sphere,
-    structure_factors,
 )
 
-__all__ = ["patterson_map", "patterson_map_reference"]
+__all__ = ["patterson_map", "patterson_map_reference", "spectrum_intensity_reference"]
 
 
-def patterson_map_reference(intensity: Tensor, volume: Tensor, n_z: int) -> Tensor:
-    """P(u) = (1/V) sum_h I(h) cos(2 pi h.u) of a half spectrum of intensities [B, X, Y, Z // 2 + 1]."""
+def spectrum_intensity_reference(
+    spectrum: Tensor,
+    cells: Tensor,
+    n_z: int,
+    scale: float,
+    volume_power: int,
+    inverse_d2_max: float,
+    f000: bool,
+    n_kept: int,
+) -> Tensor:
+    """I(h) = scale x V^volume_power x |spectrum(h)|^2 for 1/d^2 <= inverse_d2_max, 0 beyond; l < n_kept only."""
+    inside = inside_sphere(cells, (spectrum.shape[1], spectrum.shape[2], n_z), inverse_d2_max, f000)
+    factor = torch.where(inside, (scale * volumes(cells) ** volume_power)[:, None, None, None], 0.0)
+    return ((spectrum.real**2 + spectrum.imag**2) * factor.to(spectrum.real.dtype))[..., :n_kept].contiguous()
+
+
+def patterson_map_reference(intensity: Tensor, n_z: int) -> Tensor:
+    """P(u) = sum_h I(h) cos(2 pi h.u) over the full spectrum; `intensity` [B, X, Y, L] is half, and 0 for l >= L."""
     shape = (intensity.shape[1], intensity.shape[2], n_z)
-    spectrum = (intensity / volume[:, None, None, None]).to(intensity.dtype)
-    return torch.fft.irfftn(spectrum.to(intensity.dtype.to_complex()), s=shape, dim=(1, 2, 3), norm="forward")
+    return torch.fft.irfftn(
+        torch.complex(intensity, torch.zeros_like(intensity)), s=shape, dim=(1, 2, 3), norm="forward"
+    )
+
+
+_library = torch.library.Library("xtalfast", "FRAGMENT")
+_library.define(
+    "spectrum_intensity(Tensor spectrum, Tensor cells, SymInt n_z, float scale, int volume_power, "
+    "float inverse_d2_max, bool f000, SymInt n_kept) -> Tensor"
+)
+_library.define("patterson_map(Tensor intensity, SymInt n_z) -> Tensor")
+
+
+@torch.library.register_fake("xtalfast::spectrum_intensity", lib=_library)
+def _(spectrum, cells, n_z, scale, volume_power, inverse_d2_max, f000, n_kept):
+    return spectrum.new_empty((*spectrum.shape[:3], n_kept), dtype=spectrum.real.dtype)
+
+
+@torch.library.register_fake("xtalfast::patterson_map", lib=_library)
+def _(intensity, n_z):
+    return intensity.new_empty((*intensity.shape[:3], n_z))
+
+
+def _spectrum_intensity(spectrum, cells, n_z, scale, volume_power, inverse_d2_max, f000, n_kept):
+    if not has_kernel(spectrum.device):
+        return spectrum_intensity_reference(spectrum, cells, n_z, scale, volume_power, inverse_d2_max, f000, n_kept)
+    spectrum, cells = spectrum.resolve_conj().contiguous(), cells.contiguous()
+    intensity = spectrum.new_empty((*spectrum.shape[:3], n_kept), dtype=spectrum.real.dtype)
+    run_kernel(
+        _native.C.spectrum_intensity,
+        spectrum.device,
+        spectra=kernel_spectra(spectrum, cells, n_z, scale, volume_power, inverse_d2_max, f000),
+        input=spectrum.data_ptr(),
+        intensity=intensity.data_ptr(),
+        n_kept=n_kept,
+    )
+    return intensity
+
+
+def _patterson_map(intensity, n_z):
+    if not has_kernel(intensity.device) or intensity.numel() == 0:
+        return patterson_map_reference(intensity, n_z)
+    # Over x from real values, so that planes 0 .. X / 2 are all there is to know; then y and z on those planes.
+    half = torch.fft.ihfft(intensity, dim=1, norm="forward")
+    half = torch.fft.ifft(half, dim=2, norm="forward")
+    half = torch.fft.irfft(half, n=n_z, dim=3, norm="forward").contiguous()
+    n_maps, n_x, n_y = intensity.shape[:3]
+    patterson = intensity.new_empty((n_maps, n_x, n_y, n_z))
+    run_kernel(
+        _native.C.mirror_map,
+        intensity.device,
+        n_maps=n_maps,
+        n=(n_x, n_y, n_z),
+        wide=intensity.dtype == torch.float64,
+        half=half.data_ptr(),
+        map=patterson.data_ptr(),
+    )
+    return patterson
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("spectrum_intensity", _spectrum_intensity, _device)
+    _library.impl("patterson_map", _patterson_map, _device)
+
+
+def _intensity_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2])
+    ctx.rest = inputs[2:]
+
+
+def _intensity_backward(ctx, grad):  # I = c |x|^2: dL/dx = 2 c x dL/dI; the filter conjugates
+    spectrum, cells = ctx.saved_tensors
+    *rest, n_kept = ctx.rest
+    grad = torch.nn.functional.pad(grad, (0, spectrum.shape[3] - n_kept))
+    return torch.ops.xtalfast.filter_spectrum((2 * grad * spectrum).conj(), cells, *rest, 0.0), *[None] * 7
+
+
+def _patterson_context(ctx, inputs, output):
+    ctx.n_z, ctx.n_kept = inputs[1], inputs[0].shape[3]
+
+
+def _patterson_backward(ctx, grad):  # P is linear in I: dL/dI = sum_u dL/dP cos(2 pi h.u), twice where -h is not stored
+    by_intensity = torch.fft.rfftn(grad, dim=(1, 2, 3)).real
+    last = (ctx.n_z + 1) // 2
+    doubled = torch.cat([by_intensity[..., :1], 2 * by_intensity[..., 1:last], by_intensity[..., last:]], -1)
+    return doubled[..., : ctx.n_kept].contiguous(), None
+
+
+torch.library.register_autograd(
+    "xtalfast::spectrum_intensity", _intensity_backward, setup_context=_intensity_context, lib=_library
+)
+torch.library.register_autograd(
+    "xtalfast::patterson_map", _patterson_backward, setup_context=_patterson_context, lib=_library
+)
 
 
 def _shell_means(intensity: Tensor, s2: Tensor, used: Tensor, n_z: int) -> Tensor:
     """Mean intensity of the reflections of the same resolution, for every reflection: shells of equal volume."""
     weight = torch.full((intensity.shape[-1],), 2.0, dtype=torch.float64, device=intensity.device)
     weight[0] = 1  # the plane l = 0 holds h and -h, the others only h
-    if n_z % 2 == 0:
+    if intensity.shape[-1] == n_z / 2 + 1:
         weight[-1] = 1
     means = torch.zeros_like(intensity)
     for i in range(len(intensity)):
@@ -96,28 +215,33 @@ def patterson_map(
     check_maps("density_or_f", density_or_f, cells, complex_=given_f)
 
     def transform(batch: Tensor, batch_cells: Tensor) -> Tensor:
-        orth = orthogonalization(batch_cells.to(batch.device))
         if given_f:
-            z = 2 * (batch.shape[3] - 1) if n_z is None else n_z
-            if z // 2 + 1 != batch.shape[3]:
-                raise ValueError(f"n_z must be {2 * batch.shape[3] - 2} or {2 * batch.shape[3] - 1}, got {n_z}")
-            f = batch
+            z, spectrum, scale, power = full_n_z(batch, n_z), batch, 1.0, -1  # |F|^2 / V
         else:
-            z, f = batch.shape[3], structure_factors(batch, batch_cells)
-        s2 = inverse_d2(orth, (batch.shape[1], batch.shape[2], z))
-        used = s2 <= sphere(batch_cells, (batch.shape[1], batch.shape[2], z), d_min)
-        if not f000:
-            used[:, 0, 0, 0] = False
-        intensity = torch.where(used, f.real**2 + f.imag**2, 0.0)
+            z, spectrum = batch.shape[3], torch.fft.rfftn(batch, dim=(1, 2, 3))
+            scale, power = 1 / math.prod(batch.shape[1:]) ** 2, 1  # |V / N x sum|^2 / V
+        n = (batch.shape[1], batch.shape[2], z)
+        limit = sphere(batch_cells, n, d_min)
+        n_kept = z // 2 + 1
+        if d_min is not None and not torch.compiler.is_compiling():  # what lies beyond the sphere is not transformed
+            n_kept = min(n_kept, int(batch_cells[:, 2].max() / d_min) + 1) if len(batch) else n_kept
+        op = torch.ops.xtalfast.spectrum_intensity
+        intensity = op(spectrum, batch_cells, z, scale, power, limit, f000, n_kept)
         if sharpen or remove_origin:
-            means = _shell_means(intensity.detach(), s2, used, z)
-            if sharpen:
-                total = intensity.detach().sum((1, 2, 3), keepdim=True)
-                squared_e = torch.where(means > 0, intensity / means, 0.0)
-                scale = total / squared_e.detach().sum((1, 2, 3), keepdim=True).clamp(min=1e-30)
-                intensity, means = squared_e * scale, used * scale
-            if remove_origin:
-                intensity = intensity - means
-        return patterson_map_reference(intensity, volumes(orth), z)
+            intensity = _normalise(intensity, batch_cells, n, limit, f000, sharpen, remove_origin)
+        return torch.ops.xtalfast.patterson_map(intensity, z)
 
     return by_grid(density_or_f, cells, transform)
+
+
+def _normalise(intensity, cells, n, limit, f000, sharpen, remove_origin) -> Tensor:
+    """Intensities over, or less, their mean at the same resolution; the means are taken as constants."""
+    n_kept = intensity.shape[3]
+    inside = inside_sphere(cells, n, limit, f000)[..., :n_kept]
+    means = _shell_means(intensity.detach(), inverse_d2(cells, *n)[..., :n_kept], inside, n[2])
+    if sharpen:
+        squared_e = torch.where(means > 0, intensity / torch.where(means > 0, means, 1.0), 0.0)
+        total, total_e = (values.detach().sum((1, 2, 3), keepdim=True) for values in (intensity, squared_e))
+        scale = torch.where(total_e > 0, total / total_e, 0.0)
+        intensity, means = squared_e * scale, inside * scale
+    return intensity - means if remove_origin else intensity
