@@ -46,7 +46,7 @@ def solvent_flipping(maps: Tensor, projected: Tensor, protein: Tensor, amplitude
 
 UPDATES: dict[str, tuple[Update, float]] = {
     "raar": (raar, 0.95),
-    "hio": (hio, 0.6),
+    "hio": (hio, 0.5),
     "difference-map": (difference_map, 0.8),
     "charge-flipping": (charge_flipping, 1.2),
     "solvent-flipping": (solvent_flipping, 0.5),
