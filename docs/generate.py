@@ -6,18 +6,28 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-VERBS = (
-    (),
-    ("demo",),
-    ("integrate",),
-    ("simulate",),
-    ("extract",),
-    ("train", "integration"),
-    ("stats",),
-    ("doctor",),
-)
+import typer
+
+from xtalfast.cli.app import app
+
 TARGET = Path(__file__).parent / "cli.md"
+
+
+def verbs() -> list[tuple[str, ...]]:
+    """Every command of the program, groups before their members."""
+    found: list[tuple[str, ...]] = []
+
+    def walk(command: Any, path: tuple[str, ...]) -> None:
+        members = getattr(command, "commands", {})
+        if path == () or not members:
+            found.append(path)
+        for name, member in members.items():
+            walk(member, (*path, name))
+
+    walk(typer.main.get_command(app), ())
+    return found
 
 
 def help_text(verb: tuple[str, ...]) -> str:
@@ -31,7 +41,7 @@ def help_text(verb: tuple[str, ...]) -> str:
 def page() -> str:
     """The whole page."""
     parts = ["# Command line\n\nWritten by `make docs` from the program's own help; do not edit.\n"]
-    for verb in VERBS:
+    for verb in verbs():
         parts.append(f"## {' '.join(('xtalfast', *verb))}\n\n```\n{help_text(verb)}\n```\n")
     return "\n".join(parts)
 
