@@ -18,11 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xtalfast.integration import fit
+from xtalfast.integration.columns import add_derived_columns
 from xtalfast.integration.evaluate import evaluate
 from xtalfast.integration.integrate import IntegrateOptions, IntegrationResult, integrate, prepare
 from xtalfast.integration.simulate import SimulationConfig, simulate
 from xtalfast.integration.splits import held_out
-from xtalfast.io import Flag, ReflectionTable, read_refl
+from xtalfast.io import Flag, ReflectionTable, read_expt, read_refl, write_refl
 from xtalfast.metrics import MergingStatistics, stats_for_file
 from xtalfast.metrics.equivalents import canonical_index
 from xtalfast.metrics.truth import TruthComparison, compare_with_truth, load_truth
@@ -48,6 +49,7 @@ def run(data: Path, work: Path, epochs: int | None) -> list[str]:
     """All sections of the page, as Markdown."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     return [
+        formats_section(data, work),
         simulated_section(work / "simulated", epochs),
         nanobragg_section(data / "nanobragg-dev", work / "nanobragg", epochs),
         stills_section(data / "thaumatin-stills", work / "stills", epochs),
@@ -121,6 +123,41 @@ def truth_rows(name: str, c: TruthComparison) -> tuple[str, ...]:
 
 
 TRUTH_HEAD = ("intensities", "n", "R", "CC", "log slope", "log CC", "pull sd at I/σ .5-1, 1-2, 2-5, 5-10, 10-20, 20-50")
+
+
+DERIVED = ("d", "s1", "zeta", "lp", "qe", "partiality", "xyzcal.mm", "bbox")
+
+
+def formats_section(data: Path, work: Path) -> str:
+    """Round trips of every `.refl`, and derived columns dropped and computed again."""
+    files = sorted(data.rglob("*.refl"))
+    copy = work / "copy.refl"
+    same = 0
+    for path in files:
+        write_refl(copy, read_refl(path))
+        same += copy.read_bytes() == path.read_bytes()
+    copy.unlink()
+    rows = []
+    for name in ("nanobragg-dev", "thaumatin-stills", "dials-real/quartz"):
+        experiments, theirs = (
+            read(data / name / f"integrated.{s}") for read, s in ((read_expt, "expt"), (read_refl, "refl"))
+        )
+        ours = theirs.copy()
+        dropped = [column for column in DERIVED if column in ours]
+        for column in dropped:
+            del ours[column]
+        add_derived_columns(ours, experiments)
+        largest = [
+            np.abs(np.asarray(ours[c], float) - np.asarray(theirs[c], float)).max() if c in ours else np.nan
+            for c in dropped
+        ]
+        rows.append((name, len(theirs), ", ".join(f"{c} {v:.0e}" for c, v in zip(dropped, largest))))
+    return (
+        f"\n## File formats\n\n{same} of {len(files)} `.refl` files of the shared data come back byte for byte from "
+        "`read_refl` and `write_refl`. Columns dropped from DIALS' integrated.refl and computed again by "
+        "`add_derived_columns`, largest absolute difference from DIALS:\n\n"
+        + table(("data", "rows", "largest difference"), rows)
+    )
 
 
 def simulated_section(work: Path, epochs: int | None) -> str:
