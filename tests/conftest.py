@@ -6,10 +6,14 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from xtalfast.cli import main
+from xtalfast.integration.simulate import SimulationConfig, SimulationResult, simulate
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,6 +43,46 @@ def run_dials() -> Callable[..., Any]:
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 
+    return run
+
+
+@dataclass(frozen=True)
+class TinyRun:
+    """A simulated data set of six images and its integration by the command line; not to be changed."""
+
+    data: SimulationResult
+    directory: Path  # of the integration
+
+    def arguments(self, output: Path, *more: str) -> list[str]:
+        """The command line that made `directory`, for another output directory."""
+        return ["integrate", str(self.data.expt), str(self.data.refl), "-o", str(output), *EPOCHS, "--quiet", *more]
+
+
+EPOCHS = ("--epochs", "3")  # of one step each
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> SimulationResult:
+    """Six images, true models and predictions; not to be changed (`tiny_copy` may be)."""
+    return simulate(tmp_path_factory.mktemp("tiny"), SimulationConfig.tiny())
+
+
+@pytest.fixture
+def tiny_copy(tiny: SimulationResult, tmp_path: Path) -> SimulationResult:
+    """A data set to spoil."""
+    directory = tmp_path / "data"
+    shutil.copytree(tiny.directory, directory)
+    images = [directory / "images" / path.name for path in tiny.images]
+    return SimulationResult(
+        directory, images, directory / tiny.expt.name, directory / tiny.refl.name, directory / tiny.truth.name
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny: SimulationResult, tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    """One integration from end to end that many tests look at."""
+    run = TinyRun(tiny, tmp_path_factory.mktemp("tiny_run") / "integrated")
+    assert main(run.arguments(run.directory)) == 0
     return run
 
 

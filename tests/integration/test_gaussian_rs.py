@@ -150,7 +150,7 @@ def test_saved_profiles_come_back_and_other_files_are_refused(traced, tmp_path) 
     assert (again.widths, again.shape, again.cells) == (profiles.widths, profiles.shape, profiles.cells)
     assert again.history == profiles.history and again.n_strong == profiles.n_strong
     (tmp_path / "other.npz").write_bytes(b"no")
-    with pytest.raises(InputError, match="wanted reference profiles"):
+    with pytest.raises(InputError, match="holds no reference profiles"):
         ReferenceProfiles.load(tmp_path / "other.npz", store, [store.experiment])
 
 

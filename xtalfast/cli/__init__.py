@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 from xtalfast.errors import InputError, MissingExtraError
 
+_RESUMABLE = ("integrate", "extract", "train")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; `--debug` shows the trace of an error.
@@ -26,14 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise
             raise MissingExtraError(error.name, "cli", "the command line") from error
         return run(arguments)
-    except BrokenPipeError:  # `xtalfast stats ... | head`: whoever read has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (InputError, MissingExtraError, OSError) as error:
         if "--debug" in arguments:
             raise
         print(f"xtalfast: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("xtalfast: interrupted; the same command resumes where it stopped", file=sys.stderr)
+        advice = "; the same command resumes where it stopped" if arguments[0] in _RESUMABLE else ""
+        print(f"xtalfast: interrupted{advice}", file=sys.stderr)
         return 130

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,10 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
         raise InputError(f"no checkpoint {path}; `xtalfast train integration` writes best.ckpt")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, ImportError, AttributeError) as error:
-        raise InputError(f"{path}: not a checkpoint: {str(error).splitlines()[0]}") from error
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, ImportError, AttributeError) as error:
+        raise InputError(
+            f"{path}: not a checkpoint, or a damaged one; `xtalfast train integration` writes one, --restart a new one"
+        ) from error
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
         raise InputError(f"{path}: not an xtalfast checkpoint of format {FORMAT}")
     return saved

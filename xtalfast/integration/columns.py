@@ -262,7 +262,7 @@ def _check_columns(table: ReflectionTable) -> None:
 def add_derived_columns(
     table: ReflectionTable, experiments: Sequence[Experiment], *, recompute: bool = False
 ) -> ReflectionTable:
-    """Complete a table that has `miller_index` and `xyzcal.px`, in place: what is missing is computed.
+    """Complete a table that has `miller_index` and `xyzcal.px`, in place: what is missing or NaN is computed.
 
     Computed: id, panel, s1, xyzcal.mm, d, zeta, lp, qe, partiality, partial_id, bbox, xyzobs.px.value (the predicted
     position: nothing was observed yet) and flags (predicted). Rows whose position is not finite, or that belong to no
@@ -329,7 +329,14 @@ def add_derived_columns(
     for name, values in new.items():
         if name not in table or (recompute and name not in keep):
             table[name] = values
+        elif values.dtype.kind == "f":
+            table[name] = _where_finite(table[name], values)
     return table
+
+
+def _where_finite(given: NDArray | None, computed: Array) -> Array:
+    """The given values, and computed ones where those are missing or not finite."""
+    return computed if given is None else np.where(np.isfinite(given), given, computed)
 
 
 def _derive(experiment: Experiment, position: Array, panel: NDArray, known: dict[str, NDArray]) -> dict[str, NDArray]:
@@ -343,7 +350,7 @@ def _derive(experiment: Experiment, position: Array, panel: NDArray, known: dict
         xyz_mm[on, :2] = mm_at_px(model, position[on, :2])
         s1[on] = model.lab_from_mm(xyz_mm[on, :2])
     s1 *= 1 / beam.wavelength / np.linalg.norm(s1, axis=1, keepdims=True)
-    s1 = known.get("s1", s1)
+    s1 = _where_finite(known.get("s1"), s1)
     if experiment.crystal is None:  # not indexed: the resolution of the place
         with np.errstate(divide="ignore"):
             new["d"] = 1 / np.linalg.norm(s1 - beam.s0, axis=1)
@@ -353,7 +360,7 @@ def _derive(experiment: Experiment, position: Array, panel: NDArray, known: dict
     axis = rotation_axis(experiment)
     zeta = np.ones(len(position))
     if axis is not None:
-        zeta = known.get("zeta", zeta_factor(beam.s0, s1, axis))
+        zeta = _where_finite(known.get("zeta"), zeta_factor(beam.s0, s1, axis))
         new["zeta"] = zeta
     new["lp"] = lorentz_polarization(beam, s1, axis)
     new["qe"] = quantum_efficiency(detector, panel, s1)

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import logging
 import os
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -772,8 +773,8 @@ class ReferenceProfiles:
             density = torch.from_numpy(content["density"]) if content["density"].size else None
             widths, history = SpotWidths(*content["widths"].tolist()), content["history"].tolist()
             n_strong = int(content["n_strong"])
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{path}: wanted reference profiles written by xtalfast, got {error}") from error
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise InputError(f"{path} holds no reference profiles ({error}); remove it to learn them again") from error
         size = tuple(int(v) for v in cells[2])
         grid = CellGrid(tuple(cells[0]), tuple(cells[1]), (size[0], size[1], size[2]))
         return cls(

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +155,7 @@ def integrate(
     seconds: dict[str, float] = {}
     with _timed("read", seconds):
         table, experiments, source = _read(experiments, reflections, options)
-    config = _network_config(options)
+    options, config = _network_settings(options)
     with _timed("shoeboxes and profiles", seconds):
         prepared = _prepare(table, experiments, out_dir, options, progress)
     with _timed("network", seconds):
@@ -366,14 +366,15 @@ def _has_images(experiments: ExperimentList) -> bool:
     return True
 
 
-def _network_config(options: IntegrateOptions) -> IntegrationConfig | None:
-    """What to train; None with given weights."""
+def _network_settings(options: IntegrateOptions) -> tuple[IntegrateOptions, IntegrationConfig | None]:
+    """What to train; with given weights nothing, and by default the box that they were trained on."""
     if options.weights is not None:
         for name in ("preset", "encoder", "profile", "epochs"):
             if getattr(options, name) != getattr(IntegrateOptions, name):
                 raise InputError(f"--{name} is part of the trained network: leave it out with --weights")
-        return None
-    return IntegrationConfig.preset(options.preset, encoder=options.encoder, profile=options.profile)
+        trained = fit.load_checkpoint(options.weights).config
+        return replace(options, box=options.box or trained.box), None
+    return options, IntegrationConfig.preset(options.preset, encoder=options.encoder, profile=options.profile)
 
 
 def _network(

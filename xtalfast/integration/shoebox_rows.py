@@ -73,6 +73,11 @@ def _boxes(
         box = (1 if all(e.is_still for e in experiments) else FIXED_BOX[0], *FIXED_BOX[1:])
     if len(box) != 3 or any(int(n) != n or n < 1 for n in box):
         raise InputError(f"box must be (z, y, x) with sizes of at least 1, got {box}")
+    fast, slow = np.max([panel.image_size for e in experiments for panel in e.detector], axis=0).tolist()
+    if box[1] > slow or box[2] > fast:
+        raise InputError(
+            f"box {' x '.join(map(str, box))} (z, y, x) is larger than the largest panel, {slow} x {fast} (slow x fast)"
+        )
     return fixed_boxes(np.asarray(work["xyzcal.px"]), box), box
 
 

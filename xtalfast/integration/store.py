@@ -96,8 +96,8 @@ class ShoeboxStore:
             raise InputError(f"{path} is no shoebox store: format {header.get('format')!r} in store.json")
         try:
             return cls(path, header)
-        except (OSError, ValueError) as error:
-            raise InputError(f"shoebox store {path} is damaged ({error}); extract it again") from error
+        except (OSError, EOFError, ValueError, KeyError) as error:
+            raise InputError(f"shoebox store {path} is damaged ({error}); remove it and extract it again") from error
 
     @classmethod
     def create(
@@ -157,7 +157,7 @@ class ShoeboxStore:
             file = self.path / f"{kind}-{k:05d}.npy"
             try:
                 self._maps[key] = np.load(file, mmap_mode="r")
-            except (OSError, ValueError) as error:
+            except (OSError, EOFError, ValueError) as error:
                 raise InputError(f"{file} is damaged ({error}); remove {self.path} and extract it again") from error
             if len(self._maps) > 2 * _OPEN_SHARDS:
                 self._maps.popitem(last=False)
