@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from xtalfast import _native
 from xtalfast.ops import SoftmaxProfile, intensity_posterior
 from xtalfast.ops.intensity_posterior import intensity_posterior_reference
 from xtalfast.testing import assert_within_twin_error
@@ -206,3 +207,19 @@ def test_bad_input_is_named():
         intensity_posterior(counts, None, profile, *FLAT, nodes=1)
     with pytest.raises(ValueError, match=r"prior_i must hold numbers or \[N\] with N=1"):
         intensity_posterior(counts, None, profile, (1.0, torch.ones(3)), FLAT[1])
+
+
+def test_operator_passes_opcheck():
+    counts, profile = simulate(20.0, 1.0, TINY, n=3)
+    prior = torch.tensor([[1.0], [0.1], [1.0], [0.5]], dtype=torch.float64).repeat(1, 3)
+    torch.library.opcheck(torch.ops.xtalfast.share_likelihood, (counts, None, None, None, profile, prior, 8))
+
+
+def test_without_the_extension_the_reference_gives_the_same(monkeypatch):
+    counts, profile = simulate(torch.logspace(0, 4, 9, dtype=torch.float64)[:, None], 0.7, STILL, n=9)
+    arguments = (counts, None, profile, (0.5, 0.01), (1.0, 0.1))
+    fused = intensity_posterior(*arguments, quantiles=(0.1, 0.9))
+    monkeypatch.setattr(_native, "C", None)
+    plain = intensity_posterior(*arguments, quantiles=(0.1, 0.9))
+    for one, other in zip(vars(fused).values(), vars(plain).values()):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from xtalfast import _native
 from xtalfast.ops import intensity_posterior, profile_fit
 from xtalfast.ops.profile_fit import profile_fit_reference
 from xtalfast.testing import assert_within_twin_error
@@ -150,3 +151,19 @@ def test_no_reflections_and_bad_method():
     assert profile_fit(empty.int(), None, empty).i.shape == (0,)
     with pytest.raises(ValueError, match="method must be"):
         profile_fit(empty.int(), None, empty, method="map")
+
+
+def test_operator_passes_opcheck():
+    counts, profile = simulate(20.0, 1.0, 3, box=(1, 3, 3))
+    at = torch.ones(2, 3, dtype=torch.float64)
+    torch.library.opcheck(torch.ops.xtalfast.profile_fit, (counts, None, None, None, profile, at))
+
+
+@pytest.mark.parametrize("at", [None, (30.0, 1.0)])
+def test_without_the_extension_the_reference_gives_the_same(at, monkeypatch):
+    counts, profile = simulate(torch.logspace(0, 4, 9, dtype=torch.float64)[:, None], 0.7, 9)
+    fused = profile_fit(counts, None, profile, at=at)
+    monkeypatch.setattr(_native, "C", None)
+    plain = profile_fit(counts, None, profile, at=at)
+    for one, other in zip(vars(fused).values(), vars(plain).values()):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)

@@ -20,10 +20,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xtalfast.ops._boxes import Boxes, box_chunks, check_boxes, check_rows, gamma_rows, pair_rows, unpack
+from xtalfast import _native
+from xtalfast.ops._boxes import (
+    Boxes,
+    KernelBoxes,
+    box_chunks,
+    check_boxes,
+    check_rows,
+    gamma_rows,
+    has_kernel,
+    unpack,
+)
 from xtalfast.ops._share import most_likely_share, share_rate
 from xtalfast.ops.gamma import GammaPair
-from xtalfast.ops.profiles import Profile
+from xtalfast.ops.profiles import Profile, materialise
 
 _QUANTILE_STEPS = 40
 _QUANTILE_TOLERANCE = 1e-6  # probability
@@ -119,20 +129,25 @@ def _interpolation(coarse: int, fine: int) -> Tensor:
     return torch.from_numpy(terms / terms.sum(0))
 
 
-def _posterior_of_boxes(
-    boxes: Boxes, a: Tensor, alpha: Tensor, c: Tensor, beta: Tensor, quantiles: Sequence[float], nodes: int
-) -> tuple[Tensor, ...]:
+def share_likelihood(boxes: Boxes, prior: Tensor, nodes: int) -> tuple[Tensor, Tensor]:
+    """All that the posterior takes from the pixels.
+
+    Args:
+        prior: shape and rate of I, shape and rate of B, [4, N] float64.
+        nodes: Gauss-Legendre nodes in s.
+
+    Returns:
+        [7, N] float64: P, Q, sum y, sum log y!, sum y log(rate) at the mode of X, and the two ends of s; and
+        [N, nodes] float64: sum y log(rate) at the nodes less that at the mode.
+    """
+    a, alpha, c, beta = prior
     used = boxes.used
     p_total = boxes.total(torch.where(used, boxes.profile, 0.0)).to(torch.float64) + alpha
     q_total = boxes.total(torch.where(used, boxes.background, 0.0)).to(torch.float64) + beta
-    infinite_i, infinite_b = p_total <= 0, q_total <= 0  # flat prior and nothing measured
-    p_total, q_total = torch.where(infinite_i, 1.0, p_total), torch.where(infinite_b, 1.0, q_total)
-
     lit = boxes.where(used & (boxes.counts > 0))
     dtype = lit.profile.dtype
-    total_counts = lit.total(lit.counts).to(torch.float64)
-    at_one = lit.profile / p_total.to(dtype)[lit.row]
-    at_zero = lit.background / q_total.to(dtype)[lit.row]
+    at_one = lit.profile / _positive(p_total).to(dtype)[lit.row]
+    at_zero = lit.background / _positive(q_total).to(dtype)[lit.row]
 
     mode, _, _ = most_likely_share(lit, at_one, at_zero, a, c, _MODE_TOLERANCE)
     rate = share_rate(mode.to(dtype)[lit.row], at_one, at_zero)
@@ -150,18 +165,32 @@ def _posterior_of_boxes(
     s_low = _s_from_share(torch.clamp(mode - left, min=0.0), a_low, c_low)
     s_high = _s_from_share(torch.clamp(mode + right, max=1.0), a_low, c_low)
 
-    rule = _Rule(s_low, s_high, a, c)
-    x, log_measure = rule.at(nodes)
+    x, _ = _Rule(s_low, s_high, a, c).at(nodes)
     distance = (x - mode[:, None]).to(dtype)
     # log(rate_k / rate_mode) = log(1 + (X_k - X_mode) ratio): nothing cancels in single precision
     per_node = [
         lit.total(lit.counts * torch.log1p(torch.clamp(d[lit.row] * ratio, min=-1 + 1e-7))) for d in distance.unbind(1)
     ]
-    log_rates = torch.stack(per_node, 1).to(torch.float64)
+    sums = (lit.counts, torch.lgamma(lit.counts + 1), lit.counts * torch.log(rate))
+    photons, factorials, at_mode = (lit.total(t).to(torch.float64) for t in sums)
+    summary = torch.stack([p_total, q_total, photons, factorials, at_mode, s_low, s_high])
+    return summary, torch.stack(per_node, 1).to(torch.float64)
+
+
+def posterior_from_share(
+    summary: Tensor, log_rates: Tensor, prior: Tensor, quantiles: Sequence[float]
+) -> IntensityPosterior:
+    """Moments, evidence and quantiles of I and B from what `share_likelihood` found."""
+    a, alpha, c, beta = prior
+    p_total, q_total, photons, factorials, at_mode, s_low, s_high = summary
+    infinite_i, infinite_b = p_total <= 0, q_total <= 0  # flat prior and nothing measured
+    p_total, q_total = _positive(p_total), _positive(q_total)
+    rule = _Rule(s_low, s_high, a, c)
+    x, log_measure = rule.at(log_rates.shape[1])
     log_integral = torch.logsumexp(log_rates + log_measure, 1)
     weight = torch.exp(log_rates + log_measure - log_integral[:, None])
 
-    n_s = total_counts + a + c
+    n_s = photons + a + c
     mean_x = (weight * x).sum(1)
     var_x = (weight * (x - mean_x[:, None]) ** 2).sum(1)
     mean_i = n_s * mean_x / p_total
@@ -170,23 +199,28 @@ def _posterior_of_boxes(
     var_i = (n_s * (var_x + mean_x**2) + n_s**2 * var_x) / p_total**2
     var_b = (n_s * (var_x + (1 - mean_x) ** 2) + n_s**2 * var_x) / q_total**2
 
-    factorials = lit.total(torch.lgamma(lit.counts + 1)).to(torch.float64)
-    at_mode = lit.total(lit.counts * torch.log(rate)).to(torch.float64)
     log_evidence = at_mode + log_integral + torch.lgamma(n_s) - a * torch.log(p_total) - c * torch.log(q_total)
     log_evidence = log_evidence - factorials + _log_prior_norm(a, alpha) + _log_prior_norm(c, beta)
 
     quantiles_i = mean_i.new_empty(len(mean_i), len(quantiles))
     if quantiles:
         # a mixture needs nodes closer than the width of S: the smooth part of log h is interpolated to more of them
+        nodes = log_rates.shape[1]
         n_fine = _QUANTILE_NODES + (nodes == _QUANTILE_NODES)  # never on the coarse nodes
         x, log_measure = rule.at(n_fine)
         fine = torch.softmax(log_rates @ _interpolation(nodes, n_fine).to(log_rates) + log_measure, 1)
         for column, probability in enumerate(quantiles):
             rates = p_total[:, None] / x
             quantiles_i[:, column] = _mixture_quantiles(probability, fine, rates, n_s, mean_i, var_i)
+    shape_i, rate_i = mean_i**2 / var_i, mean_i / var_i
     mean_i, var_i = (torch.where(infinite_i, torch.inf, t) for t in (mean_i, var_i))
     mean_b, var_b = (torch.where(infinite_b, torch.inf, t) for t in (mean_b, var_b))
-    return mean_i, var_i, mean_b, var_b, mean_i**2 / var_i, mean_i / var_i, quantiles_i, log_evidence
+    rate_i = torch.where(infinite_i, 0.0, rate_i)
+    return IntensityPosterior(mean_i, var_i, mean_b, var_b, shape_i, rate_i, quantiles_i, log_evidence)
+
+
+def _positive(total: Tensor) -> Tensor:
+    return torch.where(total > 0, total, 1.0)
 
 
 def _log_prior_norm(shape: Tensor, rate: Tensor) -> Tensor:
@@ -229,10 +263,48 @@ def intensity_posterior_reference(
 ) -> IntensityPosterior:
     """The definition, in plain torch; arguments as in `intensity_posterior`."""
     boxes = unpack(counts, mask, profile, ptr, background)
-    n = len(boxes)
-    a, alpha = gamma_rows(prior_i, n, boxes.counts)
-    c, beta = gamma_rows(prior_bg, n, boxes.counts)
-    return IntensityPosterior(*_posterior_of_boxes(boxes, a, alpha, c, beta, quantiles, nodes))
+    prior = _prior_rows(prior_i, prior_bg, len(boxes), counts)
+    return posterior_from_share(*share_likelihood(boxes, prior, nodes), prior, quantiles)
+
+
+def _prior_rows(prior_i: GammaPair, prior_bg: GammaPair, n: int, like: Tensor) -> Tensor:
+    return torch.stack([*gamma_rows(prior_i, n, like), *gamma_rows(prior_bg, n, like)])
+
+
+_library = torch.library.Library("xtalfast", "FRAGMENT")
+_library.define(
+    "share_likelihood(Tensor counts, Tensor? mask, Tensor? ptr, Tensor? background, Tensor profile, Tensor prior, "
+    "int nodes) -> (Tensor summary, Tensor log_rates)"
+)
+
+
+@torch.library.register_fake("xtalfast::share_likelihood", lib=_library)
+def _(counts, mask, ptr, background, profile, prior, nodes):
+    return prior.new_empty(7, prior.shape[1]), prior.new_empty(prior.shape[1], nodes)
+
+
+def _share_likelihood(counts, mask, ptr, background, profile, prior, nodes):
+    boxes = KernelBoxes(counts, mask, ptr, background, profile.dtype)
+    profile, prior = profile.contiguous(), prior.contiguous()
+    node = torch.from_numpy(np.polynomial.legendre.leggauss(nodes)[0])
+    summary, log_rates = prior.new_empty(7, prior.shape[1]), prior.new_empty(prior.shape[1], nodes)
+    _native.require("intensity_posterior on the CPU").intensity_posterior(
+        boxes.arguments,
+        {
+            "profile": profile.data_ptr(),
+            "prior": prior.data_ptr(),
+            "node": node.data_ptr(),
+            "nodes": nodes,
+            "tolerance": _MODE_TOLERANCE,
+            "tail": _TAIL_LOG,
+            "summary": summary.data_ptr(),
+            "log_rates": log_rates.data_ptr(),
+        },
+    )
+    return summary, log_rates
+
+
+_library.impl("share_likelihood", _share_likelihood, "CPU")
 
 
 @torch.no_grad()
@@ -280,16 +352,16 @@ def intensity_posterior(
         raise ValueError(f"quantiles must be between 0 and 1, got {tuple(quantiles)}")
     if nodes < 2:
         raise ValueError(f"nodes must be at least 2, got {nodes}")
-    pieces = [
-        intensity_posterior_reference(
-            *boxes[:3],
-            pair_rows(prior_i, rows),
-            pair_rows(prior_bg, rows),
-            ptr=boxes[3],
-            background=boxes[4],
-            quantiles=quantiles,
-            nodes=nodes,
-        )
-        for rows, boxes in box_chunks(counts, mask, profile, ptr, background, n)
-    ]
-    return IntensityPosterior(*(torch.cat(column) for column in zip(*(vars(piece).values() for piece in pieces))))
+    prior = _prior_rows(prior_i, prior_bg, n, counts)
+    if has_kernel(counts.device):
+        values = materialise(profile, ptr)
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
+        shape = None if background is None else background.to(values.dtype)
+        summary, log_rates = torch.ops.xtalfast.share_likelihood(counts, mask, ptr, shape, values, prior, nodes)
+    else:
+        parts = [
+            share_likelihood(unpack(*chunk), prior[:, rows], nodes)
+            for rows, chunk in box_chunks(counts, mask, profile, ptr, background, n)
+        ]
+        summary, log_rates = torch.cat([part[0] for part in parts], 1), torch.cat([part[1] for part in parts])
+    return posterior_from_share(summary, log_rates, prior, quantiles)

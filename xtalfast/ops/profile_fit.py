@@ -18,10 +18,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from xtalfast.ops._boxes import Boxes, box_chunks, check_boxes, check_rows, pair_rows, per_reflection, unpack
+from xtalfast import _native
+from xtalfast.ops._boxes import (
+    Boxes,
+    KernelBoxes,
+    box_chunks,
+    check_boxes,
+    check_rows,
+    has_kernel,
+    pair_rows,
+    per_reflection,
+    unpack,
+)
 from xtalfast.ops._share import most_likely_share
 from xtalfast.ops.intensity_posterior import intensity_posterior
-from xtalfast.ops.profiles import Profile
+from xtalfast.ops.profiles import Profile, materialise
 
 Method = Literal["linear", "ml"]
 
@@ -135,6 +146,13 @@ def _maximum_likelihood(boxes: Boxes) -> ProfileFit:
     return ProfileFit(i, var_i, b, var_b, cov, _correlation(boxes, i, b), iterations, converged & solvable)
 
 
+def _flat_reference(counts, mask, profile, ptr, background) -> tuple[Tensor, Tensor]:
+    """Posterior means of I and B under a flat prior."""
+    flat = intensity_posterior(counts, mask, profile, (1.0, 0.0), (1.0, 0.0), ptr=ptr, background=background)
+    # a box that says nothing about I or B has an infinite mean: any reference will do, it is reported unsolvable
+    return torch.nan_to_num(flat.mean_i, posinf=1.0), torch.nan_to_num(flat.mean_bg, posinf=1.0)
+
+
 def profile_fit_reference(
     counts: Tensor,
     mask: Tensor | None,
@@ -150,11 +168,40 @@ def profile_fit_reference(
     if method == "ml":
         return _maximum_likelihood(boxes)
     if at is None:
-        flat = intensity_posterior(counts, mask, profile, (1.0, 0.0), (1.0, 0.0), ptr=ptr, background=background)
-        # a box that says nothing about I or B has an infinite mean: any reference will do, it is reported unsolvable
-        at = (torch.nan_to_num(flat.mean_i, posinf=1.0), torch.nan_to_num(flat.mean_bg, posinf=1.0))
+        at = _flat_reference(counts, mask, profile, ptr, background)
     i_ref, b_ref = (per_reflection(t, len(boxes), boxes.counts) for t in at)
     return _linear(boxes, i_ref, b_ref)
+
+
+_library = torch.library.Library("xtalfast", "FRAGMENT")
+_library.define(
+    "profile_fit(Tensor counts, Tensor? mask, Tensor? ptr, Tensor? background, Tensor profile, Tensor at) -> "
+    "(Tensor fit, Tensor solvable)"
+)
+
+
+@torch.library.register_fake("xtalfast::profile_fit", lib=_library)
+def _(counts, mask, ptr, background, profile, at):
+    return at.new_empty(6, at.shape[1]), at.new_empty(at.shape[1], dtype=torch.bool)
+
+
+def _profile_fit(counts, mask, ptr, background, profile, at):
+    boxes = KernelBoxes(counts, mask, ptr, background, profile.dtype)
+    profile, at = profile.contiguous(), at.contiguous()
+    fit, solvable = at.new_empty(6, at.shape[1]), at.new_empty(at.shape[1], dtype=torch.bool)
+    _native.require("profile_fit on the CPU").profile_fit(
+        boxes.arguments,
+        {
+            "profile": profile.data_ptr(),
+            "at": at.data_ptr(),
+            "fit": fit.data_ptr(),
+            "solvable": solvable.data_ptr(),
+        },
+    )
+    return fit, solvable
+
+
+_library.impl("profile_fit", _profile_fit, "CPU")
 
 
 @torch.no_grad()
@@ -198,6 +245,18 @@ def profile_fit(
         check_rows(n, at=at)
     if method not in ("linear", "ml"):
         raise ValueError(f"method must be 'linear' or 'ml', got {method!r}")
+    if method == "linear" and has_kernel(counts.device):
+        if at is None:
+            at = _flat_reference(counts, mask, profile, ptr, background)
+        i_ref, b_ref = (per_reflection(t, n, counts) for t in at)
+        references = torch.stack([torch.clamp(i_ref, min=0.0), torch.clamp(b_ref, min=_MIN_BACKGROUND)])
+        values = materialise(profile, ptr)
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
+        shape = None if background is None else background.to(values.dtype)
+        fit, solvable = torch.ops.xtalfast.profile_fit(counts, mask, ptr, shape, values, references)
+        i, var_i, bg, var_bg, cov, correlation = fit
+        ones = torch.ones_like(solvable, dtype=torch.int64)
+        return ProfileFit(i, var_i, bg, var_bg, cov, correlation, ones, solvable)
     pieces = [
         profile_fit_reference(
             *boxes[:3], ptr=boxes[3], background=boxes[4], at=None if at is None else pair_rows(at, rows), method=method
