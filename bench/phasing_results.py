@@ -87,7 +87,9 @@ def structure_factors(fragment: Fragment, d_min: float, b_iso: float = 20.0) -> 
     calculator.set_refmac_compatible_blur(structure[0])
     calculator.grid.setup_from(structure)
     calculator.put_model_density_on_grid(structure[0])
-    asu = gemmi.transform_map_to_f_phi(calculator.grid, half_l=True).prepare_asu_data(dmin=d_min, unblur=calculator.blur)
+    asu = gemmi.transform_map_to_f_phi(calculator.grid, half_l=True).prepare_asu_data(
+        dmin=d_min, unblur=calculator.blur
+    )
     return np.array(asu.miller_array), np.array(asu.value_array).astype(np.complex128)
 
 
@@ -191,11 +193,18 @@ def share(rows: list[dict], key: str) -> str:
 
 def tables(rows: list[dict]) -> str:
     """Markdown of all that was measured."""
-    lines = ["| data | n | solved | recovered | false solved | CC of recovered | median s | 95 % s |", "|---|" + "---|" * 7]
+    lines = [
+        "| data | n | solved | recovered | false solved | CC of recovered | median s | 95 % s |",
+        "|---|" + "---|" * 7,
+    ]
     solving = [row for row in rows if "recovered" in row]
     for condition in dict.fromkeys((*MAIN, *SWEEPS)):
         for budget in (SECONDS, SWEEP_SECONDS):
-            mine = [r for r in solving if Condition(**{k: r[k] for k in asdict(condition)}) == condition and r["budget"] == budget]
+            mine = [
+                r
+                for r in solving
+                if Condition(**{k: r[k] for k in asdict(condition)}) == condition and r["budget"] == budget
+            ]
             if not mine:
                 continue
             good = [r["map_cc"] for r in mine if r["recovered"]]
@@ -223,7 +232,10 @@ def tables(rows: list[dict]) -> str:
     for start in MODIFY:
         mine = [r for r in rows if r.get("start") == start]
         if mine:
-            figures = [f"{np.mean([r[k] for r in mine]):.{n}f}" for k, n in (("before", 1), ("after", 1), ("cc_before", 3), ("cc_after", 3))]
+            figures = [
+                f"{np.mean([r[k] for r in mine]):.{n}f}"
+                for k, n in (("before", 1), ("after", 1), ("cc_before", 3), ("cc_after", 3))
+            ]
             lines.append(f"| {start} | {len(mine)} | {' | '.join(figures)} |")
     return "\n".join(lines)
 

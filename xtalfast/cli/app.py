@@ -8,7 +8,21 @@ from typing import Annotated
 import typer
 
 import xtalfast
-from xtalfast.cli import demo, doctor, extract, fragments, integrate, patterson, sfcalc, simulate, stats, train
+from xtalfast.cli import (
+    demo,
+    doctor,
+    extract,
+    fragments,
+    integrate,
+    modify,
+    patterson,
+    phase_error,
+    sfcalc,
+    simulate,
+    solve,
+    stats,
+    train,
+)
 from xtalfast.errors import InputError
 
 _INTERRUPTED = 130  # what typer makes of Ctrl-C
@@ -29,6 +43,9 @@ app.command()(stats.stats)
 app.command()(fragments.fragments)
 app.command()(sfcalc.sfcalc)
 app.command()(patterson.patterson)
+app.command()(solve.solve)
+app.command()(modify.modify)
+app.command("phase-error")(phase_error.phase_error)
 app.command()(doctor.doctor)
 train_app = typer.Typer(no_args_is_help=True, help="Train a network apart from integrating.")
 train_app.command("integration")(train.integration)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import gemmi
 import numpy as np
@@ -56,6 +56,42 @@ class ReflectionData:
     def d_min(self) -> float:
         """Resolution of the finest reflection, A."""
         return float(np.min(self.cell.calculate_d_array(np.ascontiguousarray(self.hkl, np.int32))))
+
+    @property
+    def phases(self) -> NDArray[np.float64]:
+        """Phases of F, degrees [N]."""
+        return np.degrees(np.angle(self.F))
+
+    def select(self, rows: NDArray) -> ReflectionData:
+        """These rows only."""
+        return replace(
+            self,
+            hkl=self.hkl[rows],
+            F=self.F[rows],
+            sigF=None if self.sigF is None else self.sigF[rows],
+            fom=None if self.fom is None else self.fom[rows],
+        )
+
+
+def shared_reflections(first: ReflectionData, second: ReflectionData) -> tuple[ReflectionData, ReflectionData]:
+    """The reflections that both lists hold, in the order of the first.
+
+    Raises:
+        InputError: different space groups, cells more than 1 % apart, or no reflection in common.
+    """
+    if first.space_group.hall != second.space_group.hall:
+        raise InputError(
+            f"both files must be in one space group, got {first.space_group.xhm()} and {second.space_group.xhm()}"
+        )
+    if not np.allclose(first.cell.parameters, second.cell.parameters, rtol=0.01):
+        raise InputError(f"both files must have one cell, got {first.cell.parameters} and {second.cell.parameters}")
+    there = {tuple(h): row for row, h in enumerate(second.hkl.tolist())}
+    pairs = np.array(
+        [(row, there[tuple(h)]) for row, h in enumerate(first.hkl.tolist()) if tuple(h) in there], np.int64
+    ).reshape(-1, 2)
+    if len(pairs) == 0:
+        raise InputError("the files have no reflection in common; reduce both to the same asymmetric unit")
+    return first.select(pairs[:, 0]), second.select(pairs[:, 1])
 
 
 def _open(path: str | os.PathLike) -> gemmi.Mtz:

@@ -3,6 +3,7 @@
 from xtalfast.phasing.match import Match, match, random_floor
 from xtalfast.phasing.modify import Modified, ModifyOptions, density_modify
 from xtalfast.phasing.search import SearchOptions
+from xtalfast.phasing.shelx import solve_with_shelx
 from xtalfast.phasing.solve import Solution, solve
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "match",
     "random_floor",
     "solve",
+    "solve_with_shelx",
 ]

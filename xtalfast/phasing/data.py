@@ -95,15 +95,21 @@ def measured(
     try:
         group = space_group if isinstance(space_group, gemmi.SpaceGroup) else gemmi.SpaceGroup(space_group)
     except ValueError as error:
-        raise InputError(f"unknown space group {space_group!r}; give a Hermann-Mauguin name such as 'P 21 21 21'") from error
+        raise InputError(
+            f"unknown space group {space_group!r}; give a Hermann-Mauguin name such as 'P 21 21 21'"
+        ) from error
     values, index = np.asarray(F, np.float64), np.asarray(hkl, np.int64)
     if values.ndim != 1 or index.shape != (len(values), 3):
         raise InputError(f"F must be [N] and hkl [N, 3], got {list(values.shape)} and {list(index.shape)}")
     if not np.isfinite(values).all():
         count = int((~np.isfinite(values)).sum())
-        raise InputError(f"{count} of {len(values)} amplitudes are not finite; leave unmeasured reflections out of the list")
+        raise InputError(
+            f"{count} of {len(values)} amplitudes are not finite; leave unmeasured reflections out of the list"
+        )
     if (values < 0).any():
-        raise InputError(f"{int((values < 0).sum())} of {len(values)} amplitudes are negative; wanted F, not I or F - mean")
+        raise InputError(
+            f"{int((values < 0).sum())} of {len(values)} amplitudes are negative; wanted F, not I or F - mean"
+        )
     if not values.any():
         raise InputError("all amplitudes are 0; choose another column")
     d = np.full(len(index), np.inf)
@@ -115,12 +121,16 @@ def measured(
     rows = np.flatnonzero(index.any(1) & (d >= limit * (1 - 1e-6)))
     index, values = index[rows], values[rows]
     if len(index) < MIN_REFLECTIONS or not values.any():
-        raise InputError(f"{len(index)} reflections to {limit:.2f} A are too few to phase; wanted {MIN_REFLECTIONS} at least")
+        raise InputError(
+            f"{len(index)} reflections to {limit:.2f} A are too few to phase; wanted {MIN_REFLECTIONS} at least"
+        )
     check_amplitude_symmetry(index, unit_cell, group)
     asu = gemmi.ReciprocalAsu(group)
     reduced = np.array([asu.to_asu(h, group.operations())[0] for h in index.tolist()])
     if len(np.unique(reduced, axis=0)) < len(reduced):
-        raise InputError("hkl must name each reflection of the asymmetric unit once; merge symmetry mates and Friedel pairs")
+        raise InputError(
+            "hkl must name each reflection of the asymmetric unit once; merge symmetry mates and Friedel pairs"
+        )
     p1_hkl, _, p1_rows = expand_to_p1(index, values, group)
     return Measured(index, values, rows, unit_cell, group, max(limit, finest), p1_hkl, p1_rows)
 

@@ -52,7 +52,9 @@ def helix(n_residues: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         backbone = []
         for number, radius, angle, height in _HELIX:
             turn = math.radians(angle + residue * _HELIX_TURN)
-            backbone.append(np.array([radius * math.cos(turn), radius * math.sin(turn), height + residue * _HELIX_RISE]))
+            backbone.append(
+                np.array([radius * math.cos(turn), radius * math.sin(turn), height + residue * _HELIX_RISE])
+            )
             electrons.append(float(number))
         atoms += [*backbone, _l_carbon_beta(*backbone[:3])]
         electrons.append(6.0)

@@ -116,9 +116,7 @@ def match(
     p1_hkl, p1_first, rows = expand_to_p1(index, first, group)
     # Multiples of 24 hold the origins that symmetry fixes; P1 has none.
     fixed = len(operations(group)) > 1
-    shape = tuple(
-        fft_size(int(np.ceil(2.5 * abs(p1_hkl[:, axis]).max())) + 2, 24 if fixed else 1) for axis in range(3)
-    )
+    shape = tuple(fft_size(int(np.ceil(2.5 * abs(p1_hkl[:, axis]).max())) + 2, 24 if fixed else 1) for axis in range(3))
     found: list[tuple[float, NDArray, bool, NDArray]] = []
     for inverted in (False, True) if hand else (False,):
         candidate = second.conj() if inverted else second

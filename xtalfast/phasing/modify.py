@@ -230,7 +230,9 @@ def density_modify(
     new = data.F * np.exp(1j * np.angle(found))
     d = np.asarray(data.cell.calculate_d_array(np.ascontiguousarray(data.hkl, np.int32)))
     change = float(np.degrees(abs(np.angle(new * start.conj()))).mean())
-    logger.info("density modification: solvent %.2f, R %.3f, phases moved by %.1f degrees", solvent, float(r[0]), change)
+    logger.info(
+        "density modification: solvent %.2f, R %.3f, phases moved by %.1f degrees", solvent, float(r[0]), change
+    )
     return Modified(
         hkl=data.hkl,
         F=new,

@@ -38,25 +38,21 @@ def place(data: Measured, grid: FourierGrid, spectrum: Tensor, flat: Tensor) -> 
         flat: of the same map with its solvent flattened: the model that figures of merit are judged by.
     """
     found, model = (grid.gather(s, data.p1_hkl).cpu().numpy().astype(np.complex128) for s in (spectrum, flat))
+    both = ((found, model), (found.conj(), model.conj()))
+    score, hand = float("nan"), None
     if len(operations(data.space_group)) == 1:
         centre = _centre(grid, flat)
-        score = float("nan")
         # The inverse has its centre at -centre.
-        candidates = [_symmetric(data, f, m, s) for f, m, s in (
-            (found, model, 0.5 - centre), (found.conj(), model.conj(), 0.5 + centre)
-        )]
-        hand = chirality(candidates[0][0] * candidates[0][1], data.hkl, data.cell, data.d_min)
+        shifts = [0.5 - centre, 0.5 + centre]
     else:
-        placed = [(*locate_origin(data.p1_hkl, f, data.space_group), f, m) for f, m in (
-            (found, model), (found.conj(), model.conj())
-        )]
-        scores = [p[1] for p in placed]
+        located = [locate_origin(data.p1_hkl, f, data.space_group) for f, _ in both]
+        shifts, scores = [shift for shift, _ in located], [score for _, score in located]
         score = max(scores)
-        candidates = [_symmetric(data, f, m, shift) for shift, _, f, m in placed]
         if abs(scores[0] - scores[1]) > SYMMETRY_MARGIN:
             hand = Hand("inverted" if scores[1] > scores[0] else "as found", "space group", score)
-        else:
-            hand = Hand("undecided", "nothing", 0.5)
+    if hand is None:
+        hand = chirality(found, data.p1_hkl, data.cell, data.d_min)
+    candidates = [_symmetric(data, f, m, shift) for (f, m), shift in zip(both, shifts)]
     if hand.choice == "inverted":
         candidates.reverse()
     (F, fom), (F_inverse, _) = candidates
@@ -68,9 +64,7 @@ def _symmetric(
 ) -> tuple[NDArray[np.complex128], NDArray[np.float64]]:
     """Measured amplitudes [N] with the phases of a P1 density moved by `shift` and averaged over symmetry, and FOMs."""
     moved = np.exp(2j * np.pi * (data.p1_hkl @ shift))
-    averaged, calculated = (
-        impose_symmetry(data.p1_hkl, f * moved, data.space_group, data.hkl) for f in (found, model)
-    )
+    averaged, calculated = (impose_symmetry(data.p1_hkl, f * moved, data.space_group, data.hkl) for f in (found, model))
     d = np.asarray(data.cell.calculate_d_array(np.ascontiguousarray(data.hkl, np.int32)))
     return data.F * np.exp(1j * np.angle(averaged)), sim_weights(data.F, abs(calculated), d)
 

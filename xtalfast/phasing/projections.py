@@ -51,7 +51,9 @@ class Amplitudes:
         modulus = self.grid.to_spectrum(maps).abs()
         weights = self.grid.weights
         fitted = self.bound * weights
-        k = (modulus * self.values * fitted).sum((1, 2, 3)) / (modulus.square() * fitted).sum((1, 2, 3)).clamp_min(1e-30)
+        k = (modulus * self.values * fitted).sum((1, 2, 3)) / (modulus.square() * fitted).sum((1, 2, 3)).clamp_min(
+            1e-30
+        )
         deviation = (k.view(-1, 1, 1, 1) * modulus - self.values).abs() * weights
         work, free = (
             (deviation * chosen).sum((1, 2, 3)) / (self.values * weights * chosen).sum((-3, -2, -1))

@@ -96,7 +96,14 @@ def polish(amplitudes: Amplitudes, maps: Tensor, solvent: Tensor, options: Searc
     flat = flatten_solvent(maps, protein)
     r, r_free = amplitudes.r_factors(flat)
     return [
-        Trial(maps[i], protein[i], float(r[i]), float(r_free[i]), float(solvent[i]), float(r_free[i]) < options.r_free_solved)
+        Trial(
+            maps[i],
+            protein[i],
+            float(r[i]),
+            float(r_free[i]),
+            float(solvent[i]),
+            float(r_free[i]) < options.r_free_solved,
+        )
         for i in range(len(maps))
     ]
 
@@ -156,9 +163,7 @@ def search(
                 r = amplitudes.r_factors(flatten_solvent(projected, protein))[0].cpu()
                 r_random = r if r_random is None else torch.maximum(r_random, r)
                 elapsed = clock() - begin
-                history += [
-                    (elapsed, n_starts + i, iteration + 1, fractions[i], float(r[i])) for i in range(n)
-                ]
+                history += [(elapsed, n_starts + i, iteration + 1, fractions[i], float(r[i])) for i in range(n)]
                 # R falls with the fraction taken as protein, so a trial is held against trials of its own kind.
                 promising = torch.nonzero((r < options.r_promising * reference_r(solvent)) & ~tried)[:, 0]
                 if len(promising):

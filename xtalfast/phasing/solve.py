@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -85,7 +86,11 @@ class Solution:
             "solved": self.solved,
             "R": self.r,
             "R_free": self.r_free,
-            "hand": {"choice": self.hand.choice, "decided_by": self.hand.decided_by, "confidence": self.hand.confidence},
+            "hand": {
+                "choice": self.hand.choice,
+                "decided_by": self.hand.decided_by,
+                "confidence": self.hand.confidence,
+            },
             "symmetry_score": None if np.isnan(self.symmetry_score) else self.symmetry_score,
             "solvent": self.solvent,
             "mean_fom": float(self.fom.mean()),
@@ -180,8 +185,7 @@ def solve(
     begin = clock()
     coarse_d = max(data.d_min, SEARCH_D_MIN)
     coarse = data.amplitudes(data.grid(coarse_d, SEARCH_RATE, device), held_out, weak)
-    fine_grid = data.grid(data.d_min, FULL_RATE, device)
-    fine = data.amplitudes(fine_grid, held_out, weak)
+    fine = data.amplitudes(data.grid(data.d_min, FULL_RATE, device), held_out, weak)
     found: SearchResult | None = None
     best: Trial | None = None
     n_starts = iterations = attempt = 0
@@ -217,8 +221,34 @@ def solve(
         n_starts,
         clock() - begin,
     )
-    spectrum, flat = last_cycles(data, best, fine_grid, chosen)
-    phased = place(data, fine_grid, spectrum, flat)
+    return conclude(
+        data,
+        best,
+        fine,
+        chosen,
+        n_starts=n_starts,
+        iterations=iterations,
+        seconds=lambda: clock() - begin,
+        history=history,
+        parameters={"starts": starts, "max_seconds": max_seconds, "seed": seed, "solvent_given": solvent},
+    )
+
+
+def conclude(
+    data: Measured,
+    best: Trial,
+    fine: Amplitudes,
+    options: SearchOptions,
+    *,
+    n_starts: int,
+    iterations: int,
+    seconds: Callable[[], float],
+    history: list[tuple[float, int, int, float, float]],
+    parameters: dict[str, Any],
+) -> Solution:
+    """Last cycles, origin, hand and figures of merit of a trial on the grid of all data."""
+    spectrum, flat = last_cycles(data, best, fine.grid, options)
+    phased = place(data, fine.grid, spectrum, flat)
     return Solution(
         hkl=data.hkl,
         F=phased.F,
@@ -236,9 +266,9 @@ def solve(
         solvent=best.solvent,
         n_starts=n_starts,
         iterations=iterations,
-        seconds=clock() - begin,
+        seconds=seconds(),
         history=history,
-        parameters={**asdict(chosen), "starts": starts, "max_seconds": max_seconds, "seed": seed, "solvent_given": solvent},
+        parameters={**asdict(options), **parameters},
     )
 
 

@@ -78,9 +78,7 @@ def _values_at(hkl: NDArray, values: NDArray, wanted: NDArray) -> NDArray[np.com
     return np.array([lookup.get((h, k, l), 0j) for h, k, l in wanted.tolist()])
 
 
-def locate_origin(
-    hkl: NDArray, values: NDArray, space_group: gemmi.SpaceGroup
-) -> tuple[NDArray[np.float64], float]:
+def locate_origin(hkl: NDArray, values: NDArray, space_group: gemmi.SpaceGroup) -> tuple[NDArray[np.float64], float]:
     """Where the symmetry elements lie in a density found in P1.
 
     Moved by s, the density obeys the group as far as sum over operations and reflections of
