@@ -85,15 +85,17 @@ def draw_angles(rng: np.random.Generator) -> tuple[Array, int]:
 def _half_lattice(n_a: int, n_b: int, n_c: int) -> Array:
     """Lattice translations up to sign, fractional: of n and -n the one that comes last in order."""
     ranges = (range(-n, n + 1) for n in (n_a, n_b, n_c))
-    return np.array([n for n in itertools.product(*ranges) if n > (0, 0, 0)], float)
+    return np.array([n for n in itertools.product(*ranges) if n > (0, 0, 0)], float).reshape(-1, 3)
 
 
 def has_contact(coords: Array, orth: Array, distance: float) -> bool:
     """Whether an atom of `coords` [M, 3] lies within `distance` (A) of a lattice copy of itself or another atom."""
-    diameter = float(np.linalg.norm(np.ptp(coords, axis=0)))  # not less than the longest interatomic distance
-    # Lattice planes are 1 / |a*| apart: translations beyond these numbers of planes are out of reach.
-    planes = np.linalg.norm(np.linalg.inv(orth), axis=1)
-    shifts = _half_lattice(*np.ceil((diameter + distance) * planes).astype(int).tolist()) @ orth.T
+    if np.linalg.norm(orth, axis=0).min() <= distance:
+        return True  # each atom meets its own copy
+    # In fractions of the cell: copies further away than the molecule is long and the distance wide are out of reach.
+    frac = np.linalg.inv(orth)
+    reach = np.ptp(coords @ frac.T, axis=0) + distance * np.linalg.norm(frac, axis=1)
+    shifts = _half_lattice(*np.floor(reach).astype(int).tolist()) @ orth.T
     length = np.linalg.norm(shifts, axis=1)
     # Along a translation the molecule must be longer than the gap it leaves; the far ends alone can meet.
     along = coords @ (shifts / length[:, None]).T

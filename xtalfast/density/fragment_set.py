@@ -206,11 +206,7 @@ def make_fragments(
         listed = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common()) or "no chain is long enough"
         shutil.rmtree(parts_dir)
         raise InputError(f"not one fragment of {settings.length} residues in {total} structures ({listed})")
-    if progress:
-        progress("split", 0, 1)
     stores = _write_splits(out_dir, [FragmentStore.open(path) for path in paths], settings, clusters)
-    if progress:
-        progress("split", 1, 1)
     training = stores["train"] if len(stores["train"]) else stores["test"]
     scale = fit_scale(training, sample=_SCALE_SAMPLE, seed=settings.seed, progress=progress)
     header = {
