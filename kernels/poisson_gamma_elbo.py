@@ -1,0 +1,511 @@
+"""Loss of variational integration and all its gradients: one program per box, the counts read once from memory.
+
+Three launches on the current stream: the divergences, the quadrature rule of every box (both in double precision, many
+boxes to a program), and the pass over the pixels. The gradients by q need no sum per node: they are linear in
+log(rate_k / rate at the mean), which each pixel adds up over the nodes before anything is summed over pixels.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from xtalfast.kernels._shoebox import (
+    GAUSSIAN,
+    LOGITS,
+    LOW_RANK,
+    SMALLEST_RATE,
+    VALUES,
+    box_extent,
+    load_pixels,
+    load_profile,
+    log_factorial,
+    softmax_range,
+    stirling,
+    tile_configs,
+    whiten,
+)
+
+MOST_NODES = 96  # of the automatic choice
+_RULE_ROWS = 4  # boxes a program
+_DIVERGENCE_ROWS = 128
+# rows of the table of a rule: intensity, background, weight, and the weights of the gradients by the two shapes
+INTENSITY, BACKGROUND, WEIGHT, BY_SHARE, BY_REST = (tl.constexpr(k) for k in range(5))
+_TABLES = 5
+
+
+@triton.jit
+def digamma_excess(x):
+    """digamma(x) - log(x) + 1 / (2 x): recurrence up to x > 12, then the asymptotic series."""
+    far = x
+    shift = x * 0.0
+    for _ in tl.static_range(13):
+        near = far <= 12.0
+        shift -= tl.where(near, 1.0 / far, 0.0)
+        far += tl.where(near, 1.0, 0.0)
+    s = 1.0 / (far * far)
+    series = s * (1 / 12 + s * (-1 / 120 + s * (1 / 252 + s * (-1 / 240 + s * (1 / 132)))))
+    return shift + tl.log(far / x) + (0.5 / x - 0.5 / far) - series
+
+
+@triton.jit
+def trigamma(x):
+    """Derivative of digamma: recurrence up to x > 12, then the asymptotic series."""
+    shift = x * 0.0
+    for _ in tl.static_range(13):
+        near = x <= 12.0
+        shift += tl.where(near, 1.0 / (x * x), 0.0)
+        x += tl.where(near, 1.0, 0.0)
+    i = 1.0 / x
+    s = i * i
+    return shift + i + 0.5 * s + i * s * (1 / 6 + s * (-1 / 30 + s * (1 / 42 + s * (-1 / 30 + s * (5 / 66)))))
+
+
+@triton.jit
+def binet(x):
+    """Stirling's remainder of log Gamma: lgamma(x) - (x - 1/2) log(x) + x - log(2 pi) / 2."""
+    far = x
+    product = x * 0.0 + 1.0
+    for _ in tl.static_range(13):
+        product *= tl.where(far <= 12.0, far, 1.0)
+        far += tl.where(far <= 12.0, 1.0, 0.0)
+    i = 1.0 / far
+    s = i * i
+    series = i * (1 / 12 + s * (-1 / 360 + s * (1 / 1260 + s * (-1 / 1680 + s * (1 / 1188)))))
+    near = stirling(far) - tl.log(product) - (x - 0.5) * tl.log(x) + x - 0.9189385332046727
+    return tl.where(x > 12.0, series, near)
+
+
+@triton.jit
+def excess_of_logarithm(x):
+    """x - 1 - log(x) without cancellation at x = 1."""
+    d = x - 1.0
+    near = tl.abs(d) < 0.02
+    small = tl.where(near, d, 0.0)
+    series = x * 0.0
+    for i in tl.static_range(8):  # d^2/2 - d^3/3 + ... - d^9/9, by Horner
+        series = small * series + (1 if i % 2 else -1) / (9 - i)
+    return tl.where(near, small * small * series, d - tl.log(tl.where(near, 2.0, x)))
+
+
+@triton.jit
+def _gamma_divergence_kernel(q, prior, divergence, by, n, GRADIENTS: tl.constexpr, ROWS: tl.constexpr):
+    """KL of Gamma(k, r) from Gamma(a, b), of I (program axis 1 is 0) or B, as `gamma_kl` of the reference has it."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    which = tl.program_id(1).to(tl.int64)
+    inside = rows < n
+    k = tl.load(q + 2 * which * n + rows, mask=inside, other=1.0)
+    r = tl.load(q + (2 * which + 1) * n + rows, mask=inside, other=1.0)
+    a = tl.load(prior + 2 * which * n + rows, mask=inside, other=1.0)
+    b = tl.load(prior + (2 * which + 1) * n + rows, mask=inside, other=1.0)
+    slope = digamma_excess(k)
+    value = a * excess_of_logarithm(k * b / (a * r)) + 0.5 * excess_of_logarithm(a / k)
+    value += binet(a) - binet(k) - (a - k) * slope
+    tl.store(divergence + which * n + rows, value, mask=inside)
+    if GRADIENTS:
+        out = by + 4 * which * n + rows
+        digamma_k = slope + tl.log(k) - 0.5 / k
+        digamma_a = digamma_excess(a) + tl.log(a) - 0.5 / a
+        tl.store(out, (k - a) * trigamma(k) + b / r - 1.0, mask=inside)
+        tl.store(out + n, a / r - k * b / (r * r), mask=inside)
+        tl.store(out + 2 * n, digamma_a - digamma_k + tl.log(r / b), mask=inside)
+        tl.store(out + 3 * n, k / r - a / b, mask=inside)
+
+
+@triton.jit
+def nodes_needed(k_i, k_b, nodes: tl.constexpr):
+    """Nodes of the rule; chosen by the smaller of the two shapes when `nodes` is 0."""
+    smallest = tl.minimum(k_i, k_b)
+    chosen = tl.where(smallest >= 10.0, 24, tl.where(smallest >= 1.0, 40, 96))
+    return chosen if nodes == 0 else chosen * 0 + nodes
+
+
+@triton.jit
+def tail_reach(slope, other, sd, level):
+    """Distance d at which slope d + n log(other/n + slope/n e^-d) = level; Newton from outside is monotone."""
+    n = slope + other
+    d = sd * tl.sqrt(2.0 * level) + level / slope + 1.0
+    for _ in tl.static_range(5):
+        decay = tl.exp(-d) * slope
+        d -= (slope * d + n * tl.log((other + decay) / n) - level) / (slope - n * decay / (other + decay))
+    return d
+
+
+@triton.jit
+def tanh(x):
+    decay = tl.exp(-2.0 * x)
+    return (1.0 - decay) / (1.0 + decay)
+
+
+@triton.jit
+def _share_rule_kernel(q, rule, n, width, NODES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Tables [n, 5, width] of nodes and weights over the share X ~ Beta(k_i, k_b): `quadrature_draws` of the reference."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = rows < n
+    a = tl.load(q + rows, mask=inside, other=1.0)
+    r_i = tl.load(q + n + rows, mask=inside, other=1.0)
+    b = tl.load(q + 2 * n + rows, mask=inside, other=1.0)
+    r_b = tl.load(q + 3 * n + rows, mask=inside, other=1.0)
+    count = nodes_needed(a, b, NODES)
+    steps = (count - 1).to(tl.float64)
+
+    # the grid t = t_mode + s sinh(kappa u + eta): s and eta from its two ends, kappa from the spacing at the mode
+    total = a + b
+    sd = tl.sqrt(total / (a * b))
+    level = tl.minimum(2.5 * tl.sqrt(steps + 1.0), 16.0)
+    left, right = tail_reach(a, b, sd, level), tail_reach(b, a, sd, level)
+    spacing = tl.where(sd * 0.7 < 0.8, sd * 0.7, sd * 0.0 + 0.8) * steps * 0.5
+    skew = (right - left) / (right + left)
+    stretch = tl.maximum(0.5 * (left + right) / spacing - 1.0, 1e-9) + 1.0
+    kappa = tl.log(2.0 * stretch) + 1.0
+    for _ in tl.static_range(6):
+        bent = skew * tanh(kappa)
+        x = stretch * kappa * tl.sqrt(1.0 - bent * bent)
+        kappa = tl.log(x + tl.sqrt(x * x + 1.0))  # asinh
+    kappa = tl.maximum(kappa, 1e-3)
+    bent = skew * tanh(kappa)
+    eta = 0.5 * tl.log((1.0 + bent) / (1.0 - bent))  # atanh
+    scale = right * 2.0 / (tl.exp(kappa + eta) - tl.exp(-kappa - eta))
+
+    node = tl.arange(0, WIDTH)
+    exists = node[None, :] < count[:, None]
+    u = 2.0 * node[None, :].to(tl.float64) / steps[:, None] - 1.0
+    up = tl.exp(tl.where(exists, kappa[:, None] * u + eta[:, None], 0.0))
+    t = tl.log(a / b)[:, None] + scale[:, None] * 0.5 * (up - 1.0 / up)
+    measure = (2.0 / steps * scale * kappa)[:, None] * 0.5 * (up + 1.0 / up)
+    decay = tl.exp(-tl.abs(t))
+    soft = tl.log(1.0 + decay)
+    log_share, log_rest = tl.minimum(t, 0.0) - soft, tl.minimum(-t, 0.0) - soft
+    # half a cell at the ends, and the mass of the exponential tails beyond
+    share = tl.where(t > 0.0, 1.0, decay) / (1.0 + decay)
+    end = (node[None, :] == 0) | (node[None, :] == count[:, None] - 1)
+    slope = tl.abs(a[:, None] - total[:, None] * share)
+    measure = tl.where(end, 0.5 * measure + 1.0 / tl.where(end, slope, 1.0), measure)
+    log_weight = a[:, None] * log_share + b[:, None] * log_rest + tl.log(measure)
+    log_weight = tl.where(exists, log_weight, -float("inf"))
+    weight = tl.exp(log_weight - tl.max(log_weight, 1)[:, None])
+    weight /= tl.sum(weight, 1)[:, None]
+    by_share = weight * (log_share - tl.sum(weight * log_share, 1)[:, None])
+    by_rest = weight * (log_rest - tl.sum(weight * log_rest, 1)[:, None])
+
+    log_sum = digamma_excess(total) + tl.log(total) - 0.5 / total
+    intensity = tl.exp(log_share + log_sum[:, None]) / r_i[:, None]
+    background = tl.exp(log_rest + log_sum[:, None]) / r_b[:, None]
+    dtype: tl.constexpr = rule.dtype.element_ty
+    out = rule + 5 * width * rows[:, None] + node[None, :]
+    stored = inside[:, None] & (node[None, :] < width)
+    tl.store(out + INTENSITY * width, intensity.to(dtype), mask=stored)
+    tl.store(out + BACKGROUND * width, background.to(dtype), mask=stored)
+    tl.store(out + WEIGHT * width, weight.to(dtype), mask=stored)
+    tl.store(out + BY_SHARE * width, by_share.to(dtype), mask=stored)
+    tl.store(out + BY_REST * width, by_rest.to(dtype), mask=stored)
+
+
+@triton.jit
+def load_node(rule, draws, row, k, n, width, dtype: tl.constexpr):
+    """Intensity and background of node or draw k, its weight, and its weights in the gradients by the two shapes."""
+    if draws is None:
+        table = rule + 5 * width * row + k
+        i_k = tl.load(table + INTENSITY * width)
+        b_k = tl.load(table + BACKGROUND * width)
+        weight = tl.load(table + WEIGHT * width)
+        by_share = tl.load(table + BY_SHARE * width)
+        by_rest = tl.load(table + BY_REST * width)
+    else:
+        i_k = tl.load(draws + row * width + k).to(dtype)
+        b_k = tl.load(draws + (n + row) * width + k).to(dtype)
+        weight = tl.full([], 1.0, dtype) / width
+        by_share = tl.full([], 0.0, dtype)
+        by_rest = tl.full([], 0.0, dtype)
+    return i_k, b_k, weight, by_share, by_rest
+
+
+@triton.autotune(
+    configs=tile_configs((256, 4), (512, 4), (256, 2)),
+    key=["pixels", "width", "rank", "KIND", "GRADIENTS"],
+)
+@triton.jit(do_not_specialize=["n", "pixels", "width", "rank"])
+def _poisson_gamma_elbo_kernel(
+    counts,
+    mask,
+    ptr,
+    background,
+    profile,
+    matrix,
+    per_pixel,
+    q,
+    rule,
+    draws,
+    loss,
+    by_profile,
+    by_matrix,
+    by_q,
+    by_draws,
+    n,
+    pixels,
+    width,
+    rank,
+    NODES: tl.constexpr,
+    KIND: tl.constexpr,
+    BITS: tl.constexpr,
+    BACKGROUND_ROWS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    GRADIENTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    dtype: tl.constexpr = profile.dtype.element_ty
+    RAGGED: tl.constexpr = ptr is not None
+    first, size = box_extent(ptr, row, pixels)
+    top, scale = softmax_range(
+        profile, matrix, per_pixel, row, first, size, pixels, rank, RAGGED=RAGGED, KIND=KIND, BLOCK=BLOCK
+    )
+
+    k_i = tl.load(q + row)
+    r_i = tl.load(q + n + row)
+    k_b = tl.load(q + 2 * n + row)
+    r_b = tl.load(q + 3 * n + row)
+    count = width
+    mean_i, mean_b = k_i / r_i, k_b / r_b
+    if draws is None:
+        count = nodes_needed(k_i, k_b, NODES)
+    else:
+        mean_i, mean_b = mean_i * 0.0, mean_b * 0.0
+        for k in range(count):
+            mean_i += tl.load(draws + row * width + k) / width
+            mean_b += tl.load(draws + (n + row) * width + k) / width
+    at_i, at_b = mean_i.to(dtype), mean_b.to(dtype)
+
+    log_rates = tl.zeros([BLOCK], dtype)
+    factorials = tl.zeros([BLOCK], dtype)
+    by_share = tl.zeros([BLOCK], dtype)
+    by_rest = tl.zeros([BLOCK], dtype)
+    photons = tl.zeros([BLOCK], dtype)
+    spot_photons = tl.zeros([BLOCK], dtype)
+    profile_sums = tl.zeros([BLOCK], dtype)
+    background_sums = tl.zeros([BLOCK], dtype)
+    # sums of p g z, p z, p g z z^T and p z z^T over the pixels, g the gradient by p: of the Gaussian alone
+    g0, g1, g2 = tl.zeros([BLOCK], dtype), tl.zeros([BLOCK], dtype), tl.zeros([BLOCK], dtype)
+    m0, m1, m2 = tl.zeros([BLOCK], dtype), tl.zeros([BLOCK], dtype), tl.zeros([BLOCK], dtype)
+    g00, g10, g11 = tl.zeros([BLOCK], dtype), tl.zeros([BLOCK], dtype), tl.zeros([BLOCK], dtype)
+    g20, g21, g22 = tl.zeros([BLOCK], dtype), tl.zeros([BLOCK], dtype), tl.zeros([BLOCK], dtype)
+    m00, m10, m11 = tl.zeros([BLOCK], dtype), tl.zeros([BLOCK], dtype), tl.zeros([BLOCK], dtype)
+    m20, m21, m22 = tl.zeros([BLOCK], dtype), tl.zeros([BLOCK], dtype), tl.zeros([BLOCK], dtype)
+
+    for start in range(0, size, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = at < size
+        y, used, b = load_pixels(counts, mask, background, first, at, inside, BITS, BACKGROUND_ROWS, dtype)
+        p = load_profile(
+            profile, matrix, per_pixel, row, first, at, inside, pixels, rank, top, scale, RAGGED=RAGGED, KIND=KIND
+        )
+        p_used = tl.where(used, p, 0.0)
+        rate_at_mean = tl.maximum(at_i * p_used + at_b * b, SMALLEST_RATE)
+        inverse = 1.0 / rate_at_mean
+        log_ratio = tl.zeros([BLOCK], dtype)
+        share = tl.zeros([BLOCK], dtype)
+        rest = tl.zeros([BLOCK], dtype)
+        slope = tl.zeros([BLOCK], dtype)  # of sum_k w_k log(rate_k) by p
+        for k in range(count):
+            i_k, b_k, weight, weight_share, weight_rest = load_node(rule, draws, row, k, n, width, dtype)
+            rate = i_k * p_used + b_k * b
+            safe = tl.maximum(rate, SMALLEST_RATE)
+            logarithm = tl.log(safe * inverse)
+            log_ratio += weight * logarithm
+            if GRADIENTS:
+                share += weight_share * logarithm
+                rest += weight_rest * logarithm
+                slope += tl.where(rate > SMALLEST_RATE, weight * i_k / safe, 0.0)
+        log_rates += y * (tl.log(rate_at_mean) + log_ratio)
+        factorials += log_factorial(y, WHOLE)
+        profile_sums += p_used
+        background_sums += tl.where(used, b, 0.0)
+        if GRADIENTS:
+            photons += y
+            by_share += y * share
+            by_rest += y * rest
+            spot_photons += y * slope * p_used
+            by_p = tl.where(used, at_i - y * slope, 0.0)
+            if KIND == GAUSSIAN:
+                z0, z1, z2 = whiten(profile, matrix, per_pixel, row, first, at, inside, RAGGED)
+                g = p * by_p
+                g0, g1, g2 = g0 + g * z0, g1 + g * z1, g2 + g * z2
+                m0, m1, m2 = m0 + p * z0, m1 + p * z1, m2 + p * z2
+                g00, g10, g11 = g00 + g * z0 * z0, g10 + g * z1 * z0, g11 + g * z1 * z1
+                g20, g21, g22 = g20 + g * z2 * z0, g21 + g * z2 * z1, g22 + g * z2 * z2
+                m00, m10, m11 = m00 + p * z0 * z0, m10 + p * z1 * z0, m11 + p * z1 * z1
+                m20, m21, m22 = m20 + p * z2 * z0, m21 + p * z2 * z1, m22 + p * z2 * z2
+            else:
+                tl.store(by_profile + first + at, by_p, mask=inside)
+
+    profile_sum = tl.sum(profile_sums, 0)
+    background_sum = tl.sum(background_sums, 0)
+    expected = mean_i * profile_sum.to(tl.float64) + mean_b * background_sum.to(tl.float64)
+    value = expected + tl.sum(factorials, 0).to(tl.float64) - tl.sum(log_rates, 0).to(tl.float64)
+    tl.store(loss + row, value)
+
+    if GRADIENTS:
+        spot = tl.sum(spot_photons, 0)
+        if draws is None:  # spot's share of the expected photons, and the background's: together the photons
+            total = tl.sum(photons, 0).to(tl.float64)
+            by_sum = trigamma(k_i + k_b) * total
+            by_k_i = profile_sum.to(tl.float64) / r_i - tl.sum(by_share, 0).to(tl.float64) - by_sum
+            by_k_b = background_sum.to(tl.float64) / r_b - tl.sum(by_rest, 0).to(tl.float64) - by_sum
+            tl.store(by_q + row, by_k_i)
+            tl.store(by_q + n + row, (spot.to(tl.float64) - mean_i * profile_sum.to(tl.float64)) / r_i)
+            tl.store(by_q + 2 * n + row, by_k_b)
+            by_r_b = (total - spot.to(tl.float64) - mean_b * background_sum.to(tl.float64)) / r_b
+            tl.store(by_q + 3 * n + row, by_r_b)
+        else:
+            for k in range(count):
+                i_k, b_k, weight, _, _ = load_node(rule, draws, row, k, n, width, dtype)
+                by_i = tl.zeros([BLOCK], dtype)
+                by_b = tl.zeros([BLOCK], dtype)
+                for start in range(0, size, BLOCK):
+                    at = start + tl.arange(0, BLOCK)
+                    inside = at < size
+                    y, used, b = load_pixels(counts, mask, background, first, at, inside, BITS, BACKGROUND_ROWS, dtype)
+                    p = load_profile(
+                        profile, matrix, per_pixel, row, first, at, inside, pixels, rank, top, scale, RAGGED, KIND
+                    )
+                    rate = i_k * p + b_k * b
+                    ratio = tl.where(used & (rate > SMALLEST_RATE), y / tl.maximum(rate, SMALLEST_RATE), 0.0)
+                    by_i += ratio * p
+                    by_b += ratio * b
+                tl.store(by_draws + row * width + k, (weight * (profile_sum - tl.sum(by_i, 0))).to(tl.float64))
+                out_b = by_draws + (n + row) * width + k
+                tl.store(out_b, (weight * (background_sum - tl.sum(by_b, 0))).to(tl.float64))
+
+        centre = at_i * profile_sum - spot  # sum of p g: what the softmax takes off the gradient by its logits
+        if KIND == GAUSSIAN:
+            # d logit / d mean = L^-T z and d logit / d L = L^-T z z^T, by back substitution
+            l = matrix + 9 * row
+            l00, l11, l22 = tl.load(l), tl.load(l + 4), tl.load(l + 8)
+            l10, l20, l21 = tl.load(l + 3), tl.load(l + 6), tl.load(l + 7)
+            v0 = tl.sum(g0 - centre * m0, 0)
+            v1 = tl.sum(g1 - centre * m1, 0)
+            v2 = tl.sum(g2 - centre * m2, 0)
+            c00 = tl.sum(g00 - centre * m00, 0)
+            c10 = tl.sum(g10 - centre * m10, 0)
+            c11 = tl.sum(g11 - centre * m11, 0)
+            c20 = tl.sum(g20 - centre * m20, 0)
+            c21 = tl.sum(g21 - centre * m21, 0)
+            c22 = tl.sum(g22 - centre * m22, 0)
+            x0, x1, x2 = solve_transposed(l00, l10, l11, l20, l21, l22, v0, v1, v2)
+            tl.store(by_profile + 3 * row, x0)
+            tl.store(by_profile + 3 * row + 1, x1)
+            tl.store(by_profile + 3 * row + 2, x2)
+            out = by_matrix + 9 * row
+            x0, x1, x2 = solve_transposed(l00, l10, l11, l20, l21, l22, c00, c10, c20)
+            tl.store(out, x0)
+            tl.store(out + 3, x1)
+            tl.store(out + 6, x2)
+            x0, x1, x2 = solve_transposed(l00, l10, l11, l20, l21, l22, c10, c11, c21)
+            tl.store(out + 1, x0 * 0.0)
+            tl.store(out + 4, x1)
+            tl.store(out + 7, x2)
+            x0, x1, x2 = solve_transposed(l00, l10, l11, l20, l21, l22, c20, c21, c22)
+            tl.store(out + 2, x0 * 0.0)
+            tl.store(out + 5, x1 * 0.0)
+            tl.store(out + 8, x2)
+        elif KIND != VALUES:
+            tl.debug_barrier()  # the gradients by p, stored above, are read back
+            for start in range(0, size, BLOCK):
+                at = start + tl.arange(0, BLOCK)
+                inside = at < size
+                p = load_profile(
+                    profile, matrix, per_pixel, row, first, at, inside, pixels, rank, top, scale, RAGGED, KIND
+                )
+                by_p = tl.load(by_profile + first + at, mask=inside, other=0.0)
+                tl.store(by_profile + first + at, p * (by_p - centre), mask=inside)
+
+
+@triton.jit
+def solve_transposed(l00, l10, l11, l20, l21, l22, v0, v1, v2):
+    """L^-T v."""
+    x2 = v2 / l22
+    x1 = (v1 - l21 * x2) / l11
+    x0 = (v0 - l10 * x1 - l20 * x2) / l00
+    return x0, x1, x2
+
+
+def poisson_gamma_elbo(
+    counts: Tensor,
+    mask: Tensor | None,
+    ptr: Tensor | None,
+    background: Tensor | None,
+    kind: int,
+    profile: Tensor,
+    matrix: Tensor | None,
+    per_pixel: Tensor | None,
+    q: Tensor,
+    prior: Tensor,
+    draws: Tensor | None,
+    nodes: int,
+    gradients: bool,
+    loss: Tensor,
+    divergence: Tensor,
+    by_profile: Tensor,
+    by_matrix: Tensor,
+    by_q: Tensor,
+    by_draws: Tensor,
+    divergence_by: Tensor,
+) -> None:
+    """Write the loss of every box, the two divergences and, if wanted, their gradients; all tensors contiguous.
+
+    Args:
+        counts: photons, [N, P] or [M] with `ptr`; any real type.
+        mask: bool or DIALS bits, like counts.
+        ptr: row offsets, int64 [N + 1].
+        background: shape of the background, [P] or like counts, in the type of the profile.
+        kind: 0 values, 1 logits, 2 Gaussian, 3 low rank.
+        profile, matrix, per_pixel: float32 or float64; values or logits like counts; mean [N, 3], scale_tril [N, 3, 3],
+            grid [P or M, 3]; or latent [N, D], basis [D, P], bias [P].
+        q, prior: shape and rate of I, shape and rate of B, [4, N] float64.
+        draws: of I and of B, [2, N, S] float64, for Monte Carlo.
+        nodes: of the quadrature; 0 chooses by the shapes.
+        loss, divergence: [N] and [2, N] float64.
+        by_profile, by_matrix, by_q, by_draws, divergence_by: gradients, like what they are by; for kind 3, `by_profile`
+            is by the logits, like counts, because that by the shared basis is a matrix product.
+    """
+    n = q.shape[1]
+    if n == 0:
+        return
+    _gamma_divergence_kernel[(triton.cdiv(n, _DIVERGENCE_ROWS), 2)](
+        q, prior, divergence, divergence_by, n, GRADIENTS=gradients, ROWS=_DIVERGENCE_ROWS
+    )
+    rule, width = None, nodes or MOST_NODES
+    if draws is None:
+        rule = torch.empty(n, _TABLES, width, dtype=profile.dtype, device=q.device)
+        _share_rule_kernel[(triton.cdiv(n, _RULE_ROWS),)](
+            q, rule, n, width, NODES=nodes, ROWS=_RULE_ROWS, WIDTH=triton.next_power_of_2(width)
+        )
+    else:
+        width = draws.shape[2]
+    _poisson_gamma_elbo_kernel[(n,)](
+        counts,
+        mask,
+        ptr,
+        background,
+        profile,
+        matrix,
+        per_pixel,
+        q,
+        rule,
+        draws,
+        loss,
+        by_profile,
+        by_matrix,
+        by_q,
+        by_draws,
+        n,
+        counts.shape[-1],
+        width,
+        profile.shape[1] if kind == LOW_RANK.value else 0,
+        NODES=nodes,
+        KIND=kind,
+        BITS=mask is not None and mask.dtype != torch.bool,
+        BACKGROUND_ROWS=background is not None and background.shape == counts.shape,
+        WHOLE=not counts.is_floating_point(),
+        GRADIENTS=gradients,
+    )
