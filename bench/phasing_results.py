@@ -12,6 +12,7 @@ docs/results.md shows.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -211,13 +212,14 @@ def tables(rows: list[dict]) -> str:
             wrong = [{"false": r["solved"] and not r["recovered"]} for r in mine]
             seconds = np.percentile([r["seconds"] for r in mine], (50, 95))
             lines.append(
-                f"| {condition.name} ({budget:.0f} s) | {len(mine)} | {share(mine, 'solved')} | {share(mine, 'recovered')} |"
-                f" {share(wrong, 'false')} | {np.mean(good) if good else float('nan'):.3f} | {seconds[0]:.1f} | {seconds[1]:.1f} |"
+                f"| {condition.name} ({budget:.0f} s) | {len(mine)} | {share(mine, 'solved')} | {share(mine, 'recovered')}"
+                f" | {share(wrong, 'false')} | {np.mean(good) if good else float('nan'):.3f}"
+                f" | {seconds[0]:.1f} | {seconds[1]:.1f} |"
             )
     lines += ["", "| solvent | data | n | recovered |", "|---|---|---|---|"]
     for condition in MAIN:
         mine = [r for r in solving if r["d_min"] == condition.d_min and r["budget"] == SECONDS]
-        for low, high in zip(SOLVENT_BINS, SOLVENT_BINS[1:]):
+        for low, high in itertools.pairwise(SOLVENT_BINS):
             binned = [r for r in mine if low <= r["solvent"] < high]
             lines.append(f"| {low:.0%}-{high:.0%} | {condition.name} | {len(binned)} | {share(binned, 'recovered')} |")
     lines += ["", "| data | within 2 s | 5 s | 10 s | 20 s | 60 s |", "|---|---|---|---|---|---|"]

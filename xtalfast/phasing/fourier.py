@@ -76,7 +76,7 @@ class FourierGrid:
     cell: gemmi.UnitCell
     shape: tuple[int, int, int]
     d_min: float
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     inside: Tensor = field(init=False)
     s2: Tensor = field(init=False)
     weights: Tensor = field(init=False)
@@ -153,7 +153,7 @@ class FourierGrid:
         return spectrum, known
 
     def gather(self, spectrum: Tensor, hkl: NDArray) -> Tensor:
-        """Structure factors (e) of the indices [N, 3] out of spectra [..., X, Y, Z // 2 + 1]; [..., N], differentiable."""
+        """Structure factors (e) [..., N] of indices [N, 3] out of spectra [..., X, Y, Z // 2 + 1]; differentiable."""
         hkl = np.asarray(hkl, np.int64)
         mirrored = hkl[:, 2] < 0
         values = spectrum[(..., *self._place(np.where(mirrored[:, None], -hkl, hkl)))]

@@ -13,18 +13,18 @@ from torch import Tensor
 
 from xtalfast.phasing.fourier import FourierGrid, fractionalisation
 
-# The right-handed alpha helix in cylindrical coordinates: electrons, radius (A), angle (degrees), height (A) of N, CA, C, O.
-# Arnott & Dover (1967) J. Mol. Biol. 30, 209. CB follows from the three atoms it is bound to or near.
+# The right-handed alpha helix in cylindrical coordinates: electrons, radius (A), angle (degrees), height (A) of N, CA,
+# C, O. Arnott & Dover (1967) J. Mol. Biol. 30, 209. CB follows from the three atoms it is bound to or near.
 _HELIX = ((7, 1.55, -27.7, -0.87), (6, 2.28, 0.0, 0.0), (6, 1.64, 26.3, 1.08), (8, 2.03, 23.0, 2.26))
 _HELIX_TURN, _HELIX_RISE = 100.0, 1.50
 _TEMPLATE_B = 20.0
 TEMPLATE_D_MIN = 2.0
 _HELIX_RESIDUES = 5
-N_ROTATIONS = 1200
+N_ROTATIONS = 1000
 N_PEAKS = 8
 # Margin between the hands (in units of the spread of template scores) at which the odds are e : 1, and the confidence
 # that decides. From fragments that are in no test set: docs/phasing.md.
-MARGIN_SCALE, DECISIVE = 0.2, 0.9
+MARGIN_SCALE, DECISIVE = 0.15, 0.9
 
 
 @dataclass(frozen=True)

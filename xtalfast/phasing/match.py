@@ -106,7 +106,7 @@ def match(
         )
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
         raise InputError("F1 and F2 must be finite; leave out reflections without phases")
-    keep = index.any(1)
+    keep: NDArray[np.bool_] = index.any(1)
     if not keep.any() or not abs(first[keep]).any() or not abs(second[keep]).any():
         raise InputError("F1 and F2 must hold a reflection that is not zero besides F000")
     merit = None if fom is None else np.asarray(fom)[keep]
@@ -116,7 +116,8 @@ def match(
     p1_hkl, p1_first, rows = expand_to_p1(index, first, group)
     # Multiples of 24 hold the origins that symmetry fixes; P1 has none.
     fixed = len(operations(group)) > 1
-    shape = tuple(fft_size(int(np.ceil(2.5 * abs(p1_hkl[:, axis]).max())) + 2, 24 if fixed else 1) for axis in range(3))
+    x, y, z = (fft_size(int(2.5 * n) + 3, 24 if fixed else 1) for n in abs(p1_hkl).max(0))
+    shape = (x, y, z)
     found: list[tuple[float, NDArray, bool, NDArray]] = []
     for inverted in (False, True) if hand else (False,):
         candidate = second.conj() if inverted else second
@@ -126,13 +127,12 @@ def match(
         allowed = allowed_shifts(group, shape, inverted) if fixed else None
         if allowed is not None and not allowed.any():
             continue
-        X, Y, Z = shape
-        half = np.zeros((X, Y, Z // 2 + 1), np.complex128)
+        half = np.zeros((x, y, z // 2 + 1), np.complex128)
         for sign, value in ((1, product), (-1, product.conj())):
             chosen = sign * p1_hkl[:, 2] >= 0
             h = sign * p1_hkl[chosen]
             # irfftn sums exp(+2 pi i h.s); the search wants exp(-2 pi i h.s), so the conjugate goes in.
-            half[h[:, 0] % X, h[:, 1] % Y, h[:, 2]] = value[chosen].conj()
+            half[h[:, 0] % x, h[:, 1] % y, h[:, 2]] = value[chosen].conj()
         overlap = np.fft.irfftn(half, s=shape)
         if allowed is not None:
             overlap = np.where(allowed, overlap, -np.inf)
@@ -147,17 +147,17 @@ def match(
         power = (abs(p1_first) ** 2).sum() * (abs(p1_phased) ** 2).sum()
         ccs.append(float((p1_first * p1_phased.conj()).real.sum() / np.sqrt(power)))
     _, shift, inverted, phased = found[0]
-    wrapped = tuple(float(x) for x in shift - np.floor(shift))
+    a, b, c = (shift - np.floor(shift)).tolist()
     statistics = phase_statistics(first, phased, index, unit_cell, n_shells=n_shells, fom=merit)
     result = np.zeros(len(keep), np.complex128)
     result[keep] = phased
     return Match(
-        shift=wrapped,  # type: ignore[arg-type]
+        shift=(a, b, c),
         inverted=inverted,
         map_cc=ccs[0],
         other_hand_cc=ccs[1] if len(ccs) > 1 else float("nan"),
         F2=result,
-        statistics=replace(statistics, shift=wrapped, inverted=inverted),  # type: ignore[arg-type]
+        statistics=replace(statistics, shift=(a, b, c), inverted=inverted),
     )
 
 

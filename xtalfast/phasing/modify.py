@@ -136,13 +136,13 @@ def match_histogram(maps: Tensor, protein: Tensor, quantiles: Tensor) -> Tensor:
 
 
 def reference_quantiles(d_min: float, b_iso: float = 20.0) -> Tensor:
-    """Quantiles [N_QUANTILES] of protein density at d_min (A): the 20 residues, half the cell of each taken as protein."""
+    """Quantiles [N_QUANTILES] of protein density at d_min (A): the 20 residues, each in a cell half full."""
     from xtalfast.density.conformers import conformers
 
     samples = []
     for residue in conformers():
         extent = np.ptp(residue.coords, axis=0) + 4.0
-        cell = gemmi.UnitCell(*extent, 90, 90, 90)
+        cell = gemmi.UnitCell(*extent.tolist(), 90.0, 90.0, 90.0)
         grid = FourierGrid.for_resolution(cell, d_min, rate=MODIFY_RATE)
         hkl = np.array(gemmi.make_miller_array(cell, gemmi.SpaceGroup("P 1"), d_min))
         s2 = torch.from_numpy(1 / cell.calculate_d_array(hkl) ** 2)
@@ -219,7 +219,7 @@ def density_modify(
     if solvent is None:
         solvent = estimate_solvent(spectrum, data.amplitudes(grid, data.hold_out(HELD_OUT, 0)), chosen)
     amplitudes = data.amplitudes(grid)
-    weight, _ = _on_grid(data, grid, merits.astype(np.complex128))
+    weight, _ = _on_grid(data, grid, merits + 0j)
     quantiles = reference_quantiles(data.d_min).to(device) if chosen.histogram > 0 else None
     with torch.no_grad():
         final, flat = modify_spectrum(
@@ -247,7 +247,7 @@ def density_modify(
     )
 
 
-def _on_grid(data: Measured, grid: FourierGrid, values: NDArray[np.complex128]) -> tuple[Tensor, Tensor]:
+def _on_grid(data: Measured, grid: FourierGrid, values: NDArray) -> tuple[Tensor, Tensor]:
     """Structure factors [N] of the asymmetric unit, expanded to P1, on the half spectrum."""
     hkl, expanded, _ = expand_to_p1(data.hkl, values, data.space_group)
     return grid.scatter(hkl, torch.from_numpy(expanded).to(torch.complex64))

@@ -36,7 +36,7 @@ def density(
 
 
 def write_solution(directory: str | os.PathLike, found: Solution, data: ReflectionData) -> list[Path]:
-    """Write phased.mtz (FWT PHWT FOM FP SIGFP), map.ccp4, solve.json, and phased_inverse.mtz unless the hand is decided.
+    """Write phased.mtz (FWT PHWT FOM FP SIGFP), map.ccp4, solve.json, and phased_inverse.mtz if the hand is open.
 
     The map coefficients are FOM-weighted. FP is as measured, SIGFP when the data have it.
 

@@ -44,7 +44,7 @@ class Amplitudes:
         return torch.view_as_complex(parts * scale[..., None])
 
     def r_factors(self, maps: Tensor) -> tuple[Tensor, Tensor]:
-        """R = sum |k |F| - |Fobs|| / sum |Fobs| of maps [B, X, Y, Z] over bound and over held-out reflections, [B] each.
+        """R = sum |k |F| - |Fobs|| / sum |Fobs| of maps [B, X, Y, Z] over bound and held-out reflections, [B] each.
 
         The scale k is that of the bound reflections, by least squares. R_free is NaN when nothing was held out.
         """

@@ -116,7 +116,7 @@ def phi_file(data: Measured, F: NDArray[np.complex128]) -> str:
 
 
 def read_phs(text: str, hkl: NDArray[np.int64]) -> NDArray[np.complex128]:
-    """Structure factors [N] of the reflections `hkl` out of a .phs file: h k l F FOM phi sigF; 0 where there is none."""
+    """Structure factors [N] of the indices `hkl` out of a .phs file: h k l F FOM phi sigF; 0 where there is none."""
     table = {}
     for line in text.splitlines():
         words = [line[0:4], line[4:8], line[8:12], *line[12:].split()]

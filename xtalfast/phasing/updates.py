@@ -1,4 +1,4 @@
-"""How a dual-space method goes from one density to the next: RAAR, HIO, the difference map and both kinds of flipping."""
+"""How a dual-space method goes from one density to the next: RAAR, HIO, difference map, charge or solvent flipping."""
 
 from __future__ import annotations
 
