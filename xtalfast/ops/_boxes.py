@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -241,6 +242,17 @@ def has_kernel(device: torch.device) -> bool:
     return _native.C is not None and device.type == "cpu"
 
 
+def empty_pixels(like: Tensor) -> Tensor:
+    """Uninitialised contiguous memory of the shape and type of `like`; on the CPU numpy's, which asks for huge pages.
+
+    For arrays of megabytes the page faults of ordinary memory can cost more than a pass over them.
+    """
+    if like.device.type != "cpu" or like.dtype not in _NUMPY_TYPES:
+        return torch.empty_like(like, memory_format=torch.contiguous_format)
+    return torch.from_numpy(np.empty(tuple(like.shape), _NUMPY_TYPES[like.dtype]))
+
+
+_NUMPY_TYPES = {torch.float32: np.float32, torch.float64: np.float64}
 _KERNEL_COUNTS = {torch.uint8: 0, torch.uint16: 1, torch.int32: 2, torch.float32: 3, torch.float64: 4}
 _KERNEL_MASKS = {torch.bool: 1, torch.uint8: 2, torch.int32: 3}
 

@@ -34,6 +34,7 @@ from xtalfast.ops._boxes import (
     box_chunks,
     check_boxes,
     check_rows,
+    empty_pixels,
     gamma_rows,
     has_kernel,
     profile_dtype,
@@ -265,8 +266,9 @@ def _gradients_like(profile, scale_tril, q, draws, gradients):
 def _elbo(counts, mask, ptr, background, kind, profile, scale_tril, grid, q, prior, draws, nodes, gradients):
     kernel = _native.require("poisson_gamma_elbo on the CPU")
     n = q.shape[1]
-    out = _gradients_like(profile, scale_tril, q, draws, gradients)
-    by_profile, by_scale, by_q, by_draws, divergence_by = out
+    by_profile, by_scale, by_q, by_draws, divergence_by = _gradients_like(profile, scale_tril, q, draws, gradients)
+    if gradients:
+        by_profile = empty_pixels(profile)
     by_q.zero_()  # Monte Carlo differentiates the draws instead
     loss, divergence = q.new_empty(n), q.new_empty(2, n)
     boxes = KernelBoxes(counts, mask, ptr, background, profile.dtype)
@@ -299,7 +301,7 @@ def _elbo(counts, mask, ptr, background, kind, profile, scale_tril, grid, q, pri
         boxes.arguments,
         arguments | {"gradients": gradients, "profile_kind": kind, "nodes": nodes, "samples": samples},
     )
-    return loss, divergence, *out
+    return loss, divergence, by_profile, by_scale, by_q, by_draws, divergence_by
 
 
 for _device in ("CPU", "CUDA"):
@@ -310,6 +312,7 @@ _library.impl("poisson_gamma_elbo", _elbo, "CPU")
 
 def _setup_elbo(ctx, inputs, output):
     _, _, by_profile, by_scale, by_q, by_draws, divergence_by = output
+    ctx.set_materialize_grads(False)  # no zeros for the outputs that only carry gradients
     ctx.mark_non_differentiable(by_profile, by_scale, by_q, by_draws, divergence_by)
     ctx.save_for_backward(inputs[2], by_profile, by_scale, by_q, by_draws, divergence_by)
     ctx.kind, ctx.gaussian, ctx.monte_carlo = inputs[4], inputs[6] is not None, inputs[10] is not None
@@ -318,12 +321,18 @@ def _setup_elbo(ctx, inputs, output):
 def _backward_elbo(ctx, by_loss, by_divergence, *_):
     _refuse_double_backward()
     ptr, by_profile, by_scale, by_q, by_draws, divergence_by = ctx.saved_tensors
+    n = by_q.shape[1]
+    by_loss = by_q.new_zeros(n) if by_loss is None else by_loss
+    up_i, up_b = by_q.new_zeros(2, n) if by_divergence is None else by_divergence
     weight = by_loss.to(by_profile.dtype)
     if by_profile.ndim == 1:
-        grad_profile = by_profile * torch.repeat_interleave(weight, ptr.diff(), output_size=by_profile.shape[0])
+        per_value = torch.repeat_interleave(weight, ptr.diff(), output_size=by_profile.shape[0])
     else:
-        grad_profile = by_profile * weight[:, None]
-    up_i, up_b = by_divergence
+        per_value = weight[:, None]
+    if torch.compiler.is_compiling():
+        grad_profile = by_profile * per_value
+    else:
+        grad_profile = torch.mul(by_profile, per_value, out=empty_pixels(by_profile))
     grad_q = by_q * by_loss + torch.cat([divergence_by[0:2] * up_i, divergence_by[4:6] * up_b])
     grad_prior = torch.cat([divergence_by[2:4] * up_i, divergence_by[6:8] * up_b])
     grad_scale = by_scale * weight[:, None, None] if ctx.gaussian else None
