@@ -210,7 +210,7 @@ template <class T> struct Plane {
                            std::int64_t x) {
     n_rows = used = 0;
     const T dx = static_cast<T>(i) - at.rest[0];
-    const T left = r2_max - m.xx * dx * dx;
+    const T r2_plane = m.xx * dx * dx, left = r2_max - r2_plane;
     if (left < 0)
       return;
     const T yy = m.yy, zz = m.zz, per_z = 1 / zz, zy = m.zy;
@@ -221,7 +221,7 @@ template <class T> struct Plane {
     Row<T> *row = rows.data();
     T *const first = values.data(), *r2 = first;
     for (std::int64_t j = j_begin; j < j_end; ++j) {
-      const T eta = static_cast<T>(j) + to_eta, r2_axis = r2_max - left + yy * eta * eta;
+      const T eta = static_cast<T>(j) + to_eta, r2_axis = r2_plane + yy * eta * eta;
       if (r2_axis > r2_max)
         continue;
       const T z0 = to_z - zy * static_cast<T>(j), half_z = std::sqrt((r2_max - r2_axis) * per_z);
@@ -325,6 +325,8 @@ void splat_best(const AtomMaps &maps, std::int64_t i, std::int64_t x_begin, std:
 }
 
 template <class T> void splat(const AtomMaps &maps, T *density, int n_threads) {
+  if (maps.n_maps == 0)
+    return;
   // Slabs of x for the threads that would have no map of their own; each voxel is summed by one thread, atoms in order.
   const std::int64_t slabs = maps.n_maps >= n_threads ? 1 : (n_threads + maps.n_maps - 1) / maps.n_maps;
 #pragma omp parallel num_threads(n_threads) if (n_threads > 1)

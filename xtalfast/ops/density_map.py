@@ -22,7 +22,6 @@ Example:
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -38,18 +37,24 @@ __all__ = ["density_map", "density_map_reference", "it92_form_factors"]
 LAST_ELEMENT = 98  # californium, the last of IT92
 
 
-@functools.cache
-def it92_form_factors() -> Tensor:
-    """The five-Gaussian scattering factors of the International Tables (1992), neutral atoms.
-
-    Returns:
-        a1, a2, a3, a4, c, b1, b2, b3, b4, 0 in row Z, [99, 10], float64; row 0 is empty. b in A^2.
-    """
+def _it92() -> Tensor:
     table = torch.zeros(LAST_ELEMENT + 1, 10, dtype=torch.float64)
     for z in range(1, LAST_ELEMENT + 1):
         *ab, c = gemmi.Element(z).it92.get_coefs()
         table[z] = torch.tensor([*ab[:4], c, *ab[4:], 0.0], dtype=torch.float64)
     return table
+
+
+_IT92 = _it92()
+
+
+def it92_form_factors() -> Tensor:
+    """The five-Gaussian scattering factors of the International Tables (1992), neutral atoms.
+
+    Returns:
+        a1, a2, a3, a4, c, b1, b2, b3, b4, 0 in row Z, [99, 10], float64; row 0 is empty. b in A^2. Not a copy.
+    """
+    return _IT92
 
 
 def _atom_terms(form_factor: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -285,12 +290,14 @@ def density_map(
     sizes = _check(coords, element, b_iso, occupancy, ptr, cells, grid, cutoff, blur)
     cells = cells.to(coords.device, torch.float64)
     flat = [n for size in sizes for n in size]
-    form_factors = it92_form_factors().to(coords.device)
+    form_factors = _IT92.to(coords.device)
     density = torch.ops.xtalfast.density_map(
         coords, element, b_iso, occupancy, ptr, cells, flat, form_factors, float(cutoff), float(blur)
     )
+    if not sizes:
+        return density.view(0, *(grid_sizes(grid, 1)[0] if len(grid) == 3 else (1, 1, 1)))
     if all(size == sizes[0] for size in sizes):
-        return density.view(len(sizes), *(sizes[0] if sizes else (1, 1, 1)))
+        return density.view(len(sizes), *sizes[0])
     parts = density.split([math.prod(size) for size in sizes])
     return [part.view(size) for part, size in zip(parts, sizes)]
 

@@ -2,9 +2,9 @@
 
     P(u) = (1/V) sum_h |F(h)|^2 cos(2 pi h.u) = integral over the cell of rho(x) rho(x + u) dx
 
-P has its origin at the cell corner and P(u) = P(-u), so that the transforms run over half of the intensities (real, not
-complex) and over half of the map, and the other half is copied: half the work of a general transform. The transforms are
-torch.fft's, see `structure_factors`; a C++ or CUDA pass before them squares and limits the spectrum, one after mirrors.
+P has its origin at the cell corner and P(u) = P(-u): the transforms start from real intensities and run over half of
+the map, the other half is copied. That is half the work of a general transform. The transforms are torch.fft's, see
+`structure_factors`; a C++ or CUDA pass before them squares and limits the spectrum, one after them mirrors.
 
 Ref: Patterson, Phys. Rev. 46, 372 (1934), doi:10.1103/PhysRev.46.372.
 
@@ -154,12 +154,18 @@ torch.library.register_autograd(
 )
 
 
-def _shell_means(intensity: Tensor, s2: Tensor, used: Tensor, n_z: int) -> Tensor:
-    """Mean intensity of the reflections of the same resolution, for every reflection: shells of equal volume."""
+def _multiplicity(intensity: Tensor, n_z: int) -> Tensor:
+    """Reflections that each plane l of a half spectrum stands for: 1 where it holds h and -h, else 2; float64."""
     weight = torch.full((intensity.shape[-1],), 2.0, dtype=torch.float64, device=intensity.device)
-    weight[0] = 1  # the plane l = 0 holds h and -h, the others only h
+    weight[0] = 1
     if intensity.shape[-1] == n_z / 2 + 1:
         weight[-1] = 1
+    return weight
+
+
+def _shell_means(intensity: Tensor, s2: Tensor, used: Tensor, n_z: int) -> Tensor:
+    """Mean intensity of the reflections of the same resolution, for every reflection: shells of equal volume."""
+    weight = _multiplicity(intensity, n_z)
     means = torch.zeros_like(intensity)
     for i in range(len(intensity)):
         radius3 = s2[i, used[i]] ** 1.5
@@ -241,7 +247,8 @@ def _normalise(intensity, cells, n, limit, f000, sharpen, remove_origin) -> Tens
     means = _shell_means(intensity.detach(), inverse_d2(cells, *n)[..., :n_kept], inside, n[2])
     if sharpen:
         squared_e = torch.where(means > 0, intensity / torch.where(means > 0, means, 1.0), 0.0)
-        total, total_e = (values.detach().sum((1, 2, 3), keepdim=True) for values in (intensity, squared_e))
-        scale = torch.where(total_e > 0, total / total_e, 0.0)
+        weight = _multiplicity(intensity, n[2])
+        total, total_e = ((v.detach() * weight).sum((1, 2, 3), keepdim=True) for v in (intensity, squared_e))
+        scale = torch.where(total_e > 0, total / total_e, 0.0).to(intensity.dtype)
         intensity, means = squared_e * scale, inside * scale
     return intensity - means if remove_origin else intensity

@@ -6,10 +6,10 @@
 rho is real, so F(-h) = conj F(h) and the last index runs from 0 to Z // 2 only: entry [i, j, l] is h = i or i - X,
 k = j or j - Y (the smaller in size, `torch.fft.fftfreq`), l.
 
-The transforms are torch.fft's: on the CPU that is MKL, which no FFT that may enter this package beats by more than a few
-tens of percent, and on the GPU cuFFT, with its plans, streams and memory looked after. What is ours is the one pass
-between them, which conjugates (torch transforms with the other sign), scales, cuts the sphere of resolution and takes
-out the blur while the spectrum is in cache. A batch of equal maps is transformed in parallel over the maps.
+The transforms are torch.fft's: on the CPU that is MKL, which no FFT that may enter this package beats by more than some
+tens of percent, and on the GPU cuFFT, with plans, streams and memory looked after. What is ours is the one pass between
+them, which conjugates (torch transforms with the other sign), scales, cuts the sphere of resolution and takes out the
+blur. Equal maps are transformed as one batch, in parallel over the maps; maps of other sizes batch after batch.
 
 Example:
     >>> density, cells = torch.rand(1, 20, 24, 24), torch.tensor([[10.0, 11.0, 12.0, 90.0, 100.0, 90.0]])
@@ -150,6 +150,9 @@ def by_grid(maps: Maps, cells: Tensor, transform: Callable[[Tensor, Tensor], Ten
     """Apply `transform` to a batch, or to a list of maps in batches of equal shape."""
     cells = cells.to(torch.float64)
     if isinstance(maps, Tensor):
+        if maps.shape[0] == 0:  # MKL transforms no empty batch: the shape of the result comes from one map
+            cells = cells.new_tensor([[1.0, 1.0, 1.0, 90.0, 90.0, 90.0]], device=maps.device)
+            return transform(maps.new_zeros((1, *maps.shape[1:])), cells)[:0]
         return transform(maps, cells.to(maps.device))
     shapes: dict[tuple[int, ...], list[int]] = {}
     for i, one in enumerate(maps):
