@@ -204,7 +204,7 @@ def patterson_map(
             amplitudes matter); or a list of B of them, of any sizes.
         cells: a, b, c (A), alpha, beta, gamma (deg), [B, 6].
         d_min: resolution limit, A. None: all that is there.
-        remove_origin: subtract from |F|^2 its mean at the same resolution: what is left of the origin peak is small.
+        remove_origin: subtract from |F|^2 its mean at the same resolution, which takes the origin peak away: P(0) = 0.
         sharpen: replace |F|^2 by E^2, |F|^2 over its mean at the same resolution, scaled to the same sum.
         f000: keep F(000), which lifts the map by a constant.
         n_z: Z of the maps when structure factors are given and it is odd.
@@ -244,11 +244,17 @@ def _normalise(intensity, cells, n, limit, f000, sharpen, remove_origin) -> Tens
     """Intensities over, or less, their mean at the same resolution; the means are taken as constants."""
     n_kept = intensity.shape[3]
     inside = inside_sphere(cells, n, limit, f000)[..., :n_kept]
+    weight = _multiplicity(intensity, n[2])
+
+    def total(values: Tensor) -> Tensor:
+        return (values.detach() * weight).sum((1, 2, 3), keepdim=True)
+
+    def scaled_to(wanted: Tensor, values: Tensor) -> Tensor:
+        sums = total(values)
+        return values * torch.where(sums > 0, total(wanted) / sums, 0.0).to(values.dtype)
+
     means = _shell_means(intensity.detach(), inverse_d2(cells, *n)[..., :n_kept], inside, n[2])
     if sharpen:
         squared_e = torch.where(means > 0, intensity / torch.where(means > 0, means, 1.0), 0.0)
-        weight = _multiplicity(intensity, n[2])
-        total, total_e = ((v.detach() * weight).sum((1, 2, 3), keepdim=True) for v in (intensity, squared_e))
-        scale = torch.where(total_e > 0, total / total_e, 0.0).to(intensity.dtype)
-        intensity, means = squared_e * scale, inside * scale
-    return intensity - means if remove_origin else intensity
+        intensity, means = scaled_to(intensity, squared_e), inside.to(intensity.dtype)
+    return intensity - scaled_to(intensity, means) if remove_origin else intensity  # their sums agree: P(0) is 0
