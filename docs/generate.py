@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
-import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+# Read when typer and rich are imported.
+os.environ |= {"COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1", "TERM": "dumb"}
+
 import typer
 
-from xtalfast.cli.app import app
+from xtalfast.cli.app import app, run
 
 TARGET = Path(__file__).parent / "cli.md"
 
@@ -32,10 +36,11 @@ def verbs() -> list[tuple[str, ...]]:
 
 def help_text(verb: tuple[str, ...]) -> str:
     """What `xtalfast VERB --help` prints on a terminal of 100 columns without colours."""
-    environment = os.environ | {"COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1", "TERM": "dumb"}
-    command = [sys.executable, "-m", "xtalfast.cli", *verb, "--help"]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    return "\n".join(line.rstrip() for line in result.stdout.strip().splitlines())
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        if run([*verb, "--help"]) != 0:
+            raise RuntimeError(f"no help for {verb}")
+    return "\n".join(line.rstrip() for line in printed.getvalue().strip().splitlines())
 
 
 def page() -> str:

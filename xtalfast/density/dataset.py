@@ -23,11 +23,19 @@ from torch.utils.data import Dataset, Sampler
 from xtalfast.density.cells import MIN_CONTACT, draw_angles, orthogonalization, random_rotation, tight_cell
 from xtalfast.density.fragments import random_source
 from xtalfast.density.grids import grid_size
-from xtalfast.density.maps import B_STANDARD, D_MIN, RATE, AtomBatch, atoms_of_rows, maps_of_spectrum, spectrum_of_atoms
+from xtalfast.density.maps import (
+    B_STANDARD,
+    D_MIN,
+    RATE,
+    AtomBatch,
+    atoms_of_rows,
+    inverse_d2,
+    maps_of_spectrum,
+    spectrum_of_atoms,
+)
 from xtalfast.density.scale import MapScale, count_outside
 from xtalfast.density.store import FragmentStore
 from xtalfast.errors import InputError
-from xtalfast.ops.structure_factors import inverse_d2
 
 Range = tuple[float, float]
 _CACHED_VOXELS = 1 << 18
@@ -254,7 +262,7 @@ class ExampleDataset(Dataset[ExampleBatch]):
         f = spectrum_of_atoms(*atoms, request.grid, float(request.d_min[0]) if one_limit else None)
         if one_limit and not augmentation.changes_data:
             return maps_of_spectrum(f, atoms.cells)
-        s2 = inverse_d2(_orth(atoms.cells), request.grid)
+        s2 = inverse_d2(atoms.cells, request.grid)
         if not one_limit:
             limit = torch.from_numpy(request.d_min).to(self.device) ** -2
             f = f * (s2 <= limit.view(-1, 1, 1, 1))
@@ -307,10 +315,6 @@ class ExampleDataset(Dataset[ExampleBatch]):
         first = number <= number.flip((0, 1)).roll((1, 1), (0, 1))
         factor[..., 0] = torch.where(first, plane, mates)
         return factor
-
-
-def _orth(cells: Tensor) -> Tensor:
-    return torch.from_numpy(orthogonalization(cells.cpu().numpy())).to(cells.device)
 
 
 class GridBatches(Sampler[Request]):

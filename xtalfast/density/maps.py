@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from xtalfast.density.cells import orthogonalization
 from xtalfast.density.conformers import conformers
 from xtalfast.density.store import FragmentStore
 from xtalfast.ops import density_map, limit_resolution, map_from_structure_factors, patterson_map, structure_factors
@@ -89,6 +90,17 @@ def maps_of_spectrum(f: Tensor, cells: Tensor, f_patterson: Tensor | None = None
     patterson = patterson_map(f if f_patterson is None else f_patterson, cells)
     assert isinstance(density, Tensor) and isinstance(patterson, Tensor)
     return patterson, density
+
+
+def inverse_d2(cells: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """1/d^2 (1/A^2) of the half spectrum [B, X, Y, Z // 2 + 1], float64; cells [B, 6]."""
+    reciprocal = torch.linalg.inv(torch.from_numpy(orthogonalization(cells.cpu().numpy()))).to(cells.device)
+    h, k = (torch.fft.fftfreq(n, 1 / n, dtype=torch.float64, device=cells.device) for n in grid[:2])
+    l = torch.arange(grid[2] // 2 + 1, dtype=torch.float64, device=cells.device)
+    metric = (reciprocal @ reciprocal.mT)[:, :, :, None, None, None]
+    h, k = h[:, None, None], k[:, None]
+    in_plane = metric[:, 0, 0] * h**2 + 2 * metric[:, 0, 1] * h * k + metric[:, 1, 1] * k**2
+    return in_plane + 2 * (metric[:, 0, 2] * h + metric[:, 1, 2] * k) * l + metric[:, 2, 2] * l**2
 
 
 @cache
