@@ -50,6 +50,7 @@ def test_wheel_from_sdist_works_away_from_the_source(source, tmp_path):
     wheel = next(tmp_path.glob("*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
     assert "xtalfast/integration/presets/paper.toml" in names
+    assert "xtalfast/density/conformers.json" in names
     assert any(name.startswith("xtalfast/report/templates/") for name in names)
     assert not any(name.startswith(("tests/", "bench/", "csrc/")) for name in names)
     with zipfile.ZipFile(wheel) as archive:
