@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from xtalfast.errors import InputError
+
 OutputOption = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Output directory, made if needed.")]
 SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="Same seed, same result (CPU: same bits).")]
 ImageDirOption = Annotated[
@@ -81,7 +83,10 @@ def logging_to(log: Path | None, quiet: bool) -> Iterator[None]:
     if not quiet:
         handlers.append(RichHandler(console=console, show_time=False, show_level=False, show_path=False))
     if log is not None:
-        handlers.append(_LogFile(log, mode="w", encoding="utf-8"))
+        try:
+            handlers.append(_LogFile(log, mode="w", encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"cannot write {log}: {error.strerror}; choose another directory with -o") from error
         handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for handler in handlers:
         logger.addHandler(handler)

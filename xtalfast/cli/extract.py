@@ -32,5 +32,7 @@ def extract(
     make_output(output)
     with logging_to(output / "xtalfast.log", quiet), ProgressBars(quiet) as progress:
         prepared = prepare(models, reflections, output, options, progress=progress)
+    if quiet:
+        return
     typer.echo(f"wrote {prepared.store.path}: {prepared.store.n} shoeboxes")
     typer.echo(f"next: xtalfast train integration {output} -o run")

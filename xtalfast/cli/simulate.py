@@ -14,12 +14,13 @@ from xtalfast.integration.simulate_config import SimulationConfig
 
 
 def _numbers(name: str, text: str, n: int, kind: type = float) -> tuple:
+    wanted = "a number" if n == 1 else f"{n} numbers"
     try:
         values = tuple(kind(part) for part in text.replace(",", " ").split())
     except ValueError as error:
-        raise InputError(f"{name} wants {n} numbers, got {text!r}") from error
+        raise InputError(f"{name} wants {wanted}, got {text!r}") from error
     if len(values) != n:
-        raise InputError(f"{name} wants {n} numbers, got {text!r}")
+        raise InputError(f"{name} wants {wanted}, got {text!r}")
     return values
 
 
@@ -98,6 +99,8 @@ def simulate(
     config = SimulationConfig.tiny(**changes) if tiny else SimulationConfig(**changes)  # type: ignore[arg-type]
     with ProgressBars(quiet) as progress:
         result = run(output, config, progress=progress)
+    if quiet:
+        return
     for path in (result.expt, result.refl, result.truth):
         typer.echo(f"wrote {path}")
     typer.echo(f"next: xtalfast integrate {result.expt} {result.refl} -o {output / 'integrated'}")

@@ -51,6 +51,8 @@ def integration(
             progress=progress,
             device=device,
         )
+    if quiet:
+        return
     typer.echo(
         f"{config.combination}: {result.steps} steps on {result.n_train} reflections in {result.seconds:.0f} s, "
         f"held-out loss {min(row['val_loss'] for row in result.history):.4f} nats a reflection ({result.n_held_out})"
