@@ -212,8 +212,8 @@ def tables(rows: list[dict]) -> str:
             wrong = [{"false": r["solved"] and not r["recovered"]} for r in mine]
             seconds = np.percentile([r["seconds"] for r in mine], (50, 95))
             lines.append(
-                f"| {condition.name} ({budget:.0f} s) | {len(mine)} | {share(mine, 'solved')} | {share(mine, 'recovered')}"
-                f" | {share(wrong, 'false')} | {np.mean(good) if good else float('nan'):.3f}"
+                f"| {condition.name} ({budget:.0f} s) | {len(mine)} | {share(mine, 'solved')}"
+                f" | {share(mine, 'recovered')} | {share(wrong, 'false')} | {np.mean(good) if good else float('nan'):.3f}"
                 f" | {seconds[0]:.1f} | {seconds[1]:.1f} |"
             )
     lines += ["", "| solvent | data | n | recovered |", "|---|---|---|---|"]

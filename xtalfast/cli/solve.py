@@ -38,10 +38,10 @@ def solve(
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Find phases from amplitudes alone, in any space group, where much of the cell is solvent (above about 60 %).
+    """Find phases from amplitudes alone, in any space group, where much of the cell is solvent (60 % or more).
 
     Writes phased.mtz (FWT PHWT FOM), map.ccp4 and solve.json into DIR. `solved` is called without knowing the truth,
-    from amplitudes that were held out. Both hands are written unless the space group or the shape of the density decides.
+    from amplitudes that were held out. Both hands are written unless the space group or the density decides.
 
     Example: `xtalfast solve data.mtz -o solved --max-seconds 120`
     """

@@ -106,7 +106,7 @@ def match(
         )
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
         raise InputError("F1 and F2 must be finite; leave out reflections without phases")
-    keep: NDArray[np.bool_] = index.any(1)
+    keep = np.asarray(index.any(1))
     if not keep.any() or not abs(first[keep]).any() or not abs(second[keep]).any():
         raise InputError("F1 and F2 must hold a reflection that is not zero besides F000")
     merit = None if fom is None else np.asarray(fom)[keep]
@@ -133,7 +133,7 @@ def match(
             h = sign * p1_hkl[chosen]
             # irfftn sums exp(+2 pi i h.s); the search wants exp(-2 pi i h.s), so the conjugate goes in.
             half[h[:, 0] % x, h[:, 1] % y, h[:, 2]] = value[chosen].conj()
-        overlap = np.fft.irfftn(half, s=shape)
+        overlap = np.fft.irfftn(half, s=shape, axes=(0, 1, 2))
         if allowed is not None:
             overlap = np.where(allowed, overlap, -np.inf)
         start = np.array(np.unravel_index(overlap.argmax(), shape)) / np.array(shape)

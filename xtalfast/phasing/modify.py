@@ -142,7 +142,8 @@ def reference_quantiles(d_min: float, b_iso: float = 20.0) -> Tensor:
     samples = []
     for residue in conformers():
         extent = np.ptp(residue.coords, axis=0) + 4.0
-        cell = gemmi.UnitCell(*extent.tolist(), 90.0, 90.0, 90.0)
+        a, b, c = extent.tolist()
+        cell = gemmi.UnitCell(a, b, c, 90, 90, 90)
         grid = FourierGrid.for_resolution(cell, d_min, rate=MODIFY_RATE)
         hkl = np.array(gemmi.make_miller_array(cell, gemmi.SpaceGroup("P 1"), d_min))
         s2 = torch.from_numpy(1 / cell.calculate_d_array(hkl) ** 2)

@@ -1,8 +1,8 @@
 """Phases from amplitudes alone: trials at moderate resolution, extension to all data, origin and hand by symmetry.
 
 `solved` is called without truth, by R_free: the R between the amplitudes of the flattened density and a held-out part
-of the measured ones. `recovered` (map CC > 0.8 to a known truth) and `refined` (density modification succeeded) are other
-words for other things; see docs/phasing.md.
+of the measured ones. `recovered` (map CC > 0.8 to a known truth) and `refined` (density modification succeeded) are
+other words for other things; see docs/phasing.md.
 """
 
 from __future__ import annotations
