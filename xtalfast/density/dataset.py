@@ -238,11 +238,14 @@ class ExampleDataset(Dataset[ExampleBatch]):
         step = n if self.device.type != "cpu" else max(1, _CACHED_VOXELS // math.prod(request.grid))
         patterson = torch.empty(n, *request.grid, device=self.device)
         density = torch.empty_like(patterson)
+        outside = 0
         for start in range(0, n, step):
             part = slice(start, start + step)
-            maps = self._maps(request.part(part))
-            torch.div(maps[0], self.scale.patterson, out=patterson[part])
-            torch.div(maps[1], self.scale.density, out=density[part])
+            made = self._maps(request.part(part))
+            for values, scale, out in zip(made, (self.scale.patterson, self.scale.density), (patterson, density)):
+                values /= scale
+                outside += count_outside(values)
+                out[part] = values
         return ExampleBatch(
             patterson,
             density,
@@ -250,7 +253,7 @@ class ExampleDataset(Dataset[ExampleBatch]):
             torch.from_numpy(request.cells).to(self.device),
             torch.from_numpy(request.d_min).to(self.device),
             torch.from_numpy(request.rows).to(self.device),
-            count_outside(patterson) + count_outside(density),
+            outside,
         )
 
     def _maps(self, request: Request) -> tuple[Tensor, Tensor]:
