@@ -39,7 +39,7 @@ def digamma_excess(x):
     """digamma(x) - log(x) + 1 / (2 x): recurrence up to x > 12, then the asymptotic series."""
     far = x
     shift = x * 0.0
-    for _ in tl.static_range(13):
+    for _ in range(13):
         near = far <= 12.0
         shift -= tl.where(near, 1.0 / far, 0.0)
         far += tl.where(near, 1.0, 0.0)
@@ -52,7 +52,7 @@ def digamma_excess(x):
 def trigamma(x):
     """Derivative of digamma: recurrence up to x > 12, then the asymptotic series."""
     shift = x * 0.0
-    for _ in tl.static_range(13):
+    for _ in range(13):
         near = x <= 12.0
         shift += tl.where(near, 1.0 / (x * x), 0.0)
         x += tl.where(near, 1.0, 0.0)
@@ -66,7 +66,7 @@ def binet(x):
     """Stirling's remainder of log Gamma: lgamma(x) - (x - 1/2) log(x) + x - log(2 pi) / 2."""
     far = x
     product = x * 0.0 + 1.0
-    for _ in tl.static_range(13):
+    for _ in range(13):
         product *= tl.where(far <= 12.0, far, 1.0)
         far += tl.where(far <= 12.0, 1.0, 0.0)
     i = 1.0 / far
@@ -125,7 +125,7 @@ def tail_reach(slope, other, sd, level):
     """Distance d at which slope d + n log(other/n + slope/n e^-d) = level; Newton from outside is monotone."""
     n = slope + other
     d = sd * tl.sqrt(2.0 * level) + level / slope + 1.0
-    for _ in tl.static_range(5):
+    for _ in range(5):
         decay = tl.exp(-d) * slope
         d -= (slope * d + n * tl.log((other + decay) / n) - level) / (slope - n * decay / (other + decay))
     return d
@@ -158,7 +158,7 @@ def _share_rule_kernel(q, rule, n, width, NODES: tl.constexpr, ROWS: tl.constexp
     skew = (right - left) / (right + left)
     stretch = tl.maximum(0.5 * (left + right) / spacing - 1.0, 1e-9) + 1.0
     kappa = tl.log(2.0 * stretch) + 1.0
-    for _ in tl.static_range(6):
+    for _ in range(6):
         bent = skew * tanh(kappa)
         x = stretch * kappa * tl.sqrt(1.0 - bent * bent)
         kappa = tl.log(x + tl.sqrt(x * x + 1.0))  # asinh
@@ -220,8 +220,23 @@ def load_node(rule, draws, row, k, n, width, dtype: tl.constexpr):
     return i_k, b_k, weight, by_share, by_rest
 
 
+@triton.jit
+def mean_rates(q, draws, row, n, width):
+    """Means of I and of B under q, or of their draws."""
+    if draws is None:
+        mean_i = tl.load(q + row) / tl.load(q + n + row)
+        mean_b = tl.load(q + 2 * n + row) / tl.load(q + 3 * n + row)
+    else:
+        mean_i = tl.full([], 0.0, tl.float64)
+        mean_b = tl.full([], 0.0, tl.float64)
+        for k in range(width):
+            mean_i += tl.load(draws + row * width + k) / width
+            mean_b += tl.load(draws + (n + row) * width + k) / width
+    return mean_i, mean_b
+
+
 @triton.autotune(
-    configs=tile_configs((256, 4), (512, 4), (256, 2)),
+    configs=tile_configs((256, 4), (128, 2)),
     key=["pixels", "width", "rank", "KIND", "GRADIENTS"],
 )
 @triton.jit(do_not_specialize=["n", "pixels", "width", "rank"])
@@ -261,23 +276,13 @@ def _poisson_gamma_elbo_kernel(
         profile, matrix, per_pixel, row, first, size, pixels, rank, RAGGED=RAGGED, KIND=KIND, BLOCK=BLOCK
     )
 
-    k_i = tl.load(q + row)
-    r_i = tl.load(q + n + row)
-    k_b = tl.load(q + 2 * n + row)
-    r_b = tl.load(q + 3 * n + row)
     count = width
-    mean_i, mean_b = k_i / r_i, k_b / r_b
     if draws is None:
-        count = nodes_needed(k_i, k_b, NODES)
-    else:
-        mean_i, mean_b = mean_i * 0.0, mean_b * 0.0
-        for k in range(count):
-            mean_i += tl.load(draws + row * width + k) / width
-            mean_b += tl.load(draws + (n + row) * width + k) / width
+        count = nodes_needed(tl.load(q + row), tl.load(q + 2 * n + row), NODES)
+    mean_i, mean_b = mean_rates(q, draws, row, n, width)
     at_i, at_b = mean_i.to(dtype), mean_b.to(dtype)
 
-    log_rates = tl.zeros([BLOCK], dtype)
-    factorials = tl.zeros([BLOCK], dtype)
+    log_likelihood = tl.zeros([BLOCK], dtype)  # but for the expected rates
     by_share = tl.zeros([BLOCK], dtype)
     by_rest = tl.zeros([BLOCK], dtype)
     photons = tl.zeros([BLOCK], dtype)
@@ -316,8 +321,7 @@ def _poisson_gamma_elbo_kernel(
                 share += weight_share * logarithm
                 rest += weight_rest * logarithm
                 slope += tl.where(rate > SMALLEST_RATE, weight * i_k / safe, 0.0)
-        log_rates += y * (tl.log(rate_at_mean) + log_ratio)
-        factorials += log_factorial(y, WHOLE)
+        log_likelihood += y * (tl.log(rate_at_mean) + log_ratio) - log_factorial(y, WHOLE)
         profile_sums += p_used
         background_sums += tl.where(used, b, 0.0)
         if GRADIENTS:
@@ -338,15 +342,17 @@ def _poisson_gamma_elbo_kernel(
             else:
                 tl.store(by_profile + first + at, by_p, mask=inside)
 
+    mean_i, mean_b = mean_rates(q, draws, row, n, width)  # read again rather than kept in registers through the loop
     profile_sum = tl.sum(profile_sums, 0)
     background_sum = tl.sum(background_sums, 0)
     expected = mean_i * profile_sum.to(tl.float64) + mean_b * background_sum.to(tl.float64)
-    value = expected + tl.sum(factorials, 0).to(tl.float64) - tl.sum(log_rates, 0).to(tl.float64)
-    tl.store(loss + row, value)
+    tl.store(loss + row, expected - tl.sum(log_likelihood, 0).to(tl.float64))
 
     if GRADIENTS:
         spot = tl.sum(spot_photons, 0)
         if draws is None:  # spot's share of the expected photons, and the background's: together the photons
+            k_i, r_i = tl.load(q + row), tl.load(q + n + row)
+            k_b, r_b = tl.load(q + 2 * n + row), tl.load(q + 3 * n + row)
             total = tl.sum(photons, 0).to(tl.float64)
             by_sum = trigamma(k_i + k_b) * total
             by_k_i = profile_sum.to(tl.float64) / r_i - tl.sum(by_share, 0).to(tl.float64) - by_sum
