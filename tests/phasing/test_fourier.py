@@ -50,7 +50,9 @@ def test_fft_size():
     assert [fft_size(n, 12) for n in (1, 13, 80)] == [12, 24, 96]
 
 
-@pytest.mark.parametrize("cell", [(10, 10, 0, 90, 90, 90), (10, 10, float("nan"), 90, 90, 90), (10, 10, 10, 60, 60, 150)])
+@pytest.mark.parametrize(
+    "cell", [(10, 10, 0, 90, 90, 90), (10, 10, float("nan"), 90, 90, 90), (10, 10, 10, 60, 60, 150)]
+)
 def test_impossible_cells(cell):
     with pytest.raises(InputError, match="cell"):
         usable_cell(cell)

@@ -53,7 +53,9 @@ def test_amplitudes_of_nothing_are_not_solved(make_crystal):
 
 def test_same_seed_same_phases(make_crystal):
     crystal = make_crystal(3, n_atoms=30, d_min=2.5)
-    runs = [solve(abs(crystal.F), crystal.hkl, crystal.cell, starts=4, max_seconds=600, seed=seed) for seed in (5, 5, 6)]
+    runs = [
+        solve(abs(crystal.F), crystal.hkl, crystal.cell, starts=4, max_seconds=600, seed=seed) for seed in (5, 5, 6)
+    ]
     assert np.array_equal(runs[0].F, runs[1].F)
     assert not np.array_equal(runs[0].F, runs[2].F)
     np.testing.assert_allclose(abs(runs[0].F), abs(crystal.F), rtol=1e-12)

@@ -220,7 +220,7 @@ def density_modify(
     if solvent is None:
         solvent = estimate_solvent(spectrum, data.amplitudes(grid, data.hold_out(HELD_OUT, 0)), chosen)
     amplitudes = data.amplitudes(grid)
-    weight, _ = _on_grid(data, grid, merits + 0j)
+    weight, _ = _on_grid(data, grid, merits)
     quantiles = reference_quantiles(data.d_min).to(device) if chosen.histogram > 0 else None
     with torch.no_grad():
         final, flat = modify_spectrum(
