@@ -55,6 +55,7 @@ class LossConfig:
     prior_bg_rate: float | None = None  # 1 / (counts per pixel)
     kappa_i: float = 1.0
     kappa_bg: float = 1.0
+    kappa_hidden: float = 0.0  # photons with which the share of a spot under its mask is held at that of the mean spot
     estimator: Literal["quadrature", "mc"] = "quadrature"
     nodes: int | Literal["auto"] = "auto"  # quadrature
     samples: int = 1  # mc

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from xtalfast.integration.config import IntegrationConfig, LossConfig
 from xtalfast.integration.data import ProfileSource, ShoeboxBatch, ShoeboxSource, read_batch
 from xtalfast.integration.encoders import make_encoder
-from xtalfast.integration.profiles import GammaHead, make_profile_head, moments_start
+from xtalfast.integration.profiles import GammaHead, make_profile_head, moments_start, quadratic_modes
 from xtalfast.integration.statistics import DataStatistics
 from xtalfast.ops import poisson_gamma_elbo
 from xtalfast.ops.profiles import Profile, materialise
@@ -135,6 +135,17 @@ class IntegrationModel(nn.Module):
             profile=profile,
         )
 
+    def _hidden_share(self, profile: Profile, batch: ShoeboxBatch) -> Tensor:
+        """How far the share of each spot under its mask is from that of the mean spot [B]: a Bernoulli divergence.
+
+        The likelihood says nothing of hidden voxels: any share of the intensity could go there.
+        """
+        shifts, _ = quadratic_modes(self.mean_profile, self.config.box)
+        mean = torch.softmax(self.mean_profile.log() + batch.offset @ shifts, 1)
+        used = batch.used
+        wanted, share = ((shape * used).sum(1).clamp(1e-4, 1 - 1e-4) for shape in (mean, materialise(profile).float()))
+        return wanted * (wanted / share).log() + (1 - wanted) * ((1 - wanted) / (1 - share)).log()
+
     def losses(self, batch: ShoeboxBatch, seed: int | None = None) -> Tensor:
         """Loss of each shoebox [B], in nats.
 
@@ -145,6 +156,8 @@ class IntegrationModel(nn.Module):
         """
         posterior = self(batch)
         losses = self.loss(batch.counts, batch.mask, posterior, seed)
+        if self.config.loss.kappa_hidden and not isinstance(posterior.profile, Tensor):
+            losses = losses + self.config.loss.kappa_hidden * self._hidden_share(posterior.profile, batch)
         if batch.seen is None:
             return losses
         (shape_i, rate_i), (shape_bg, rate_bg) = posterior.q_i, posterior.q_bg

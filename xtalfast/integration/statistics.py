@@ -40,8 +40,9 @@ class DataStatistics:
     def of(cls, batch: ShoeboxBatch) -> DataStatistics:
         """Statistics of a sample of reflections.
 
-        The mean profile is that of the strongest quarter (signal over noise above 5), background subtracted; with
-        fewer than 16 such spots it is a centred Gaussian with a sixth of the box as standard deviation.
+        The mean profile is that of the strongest quarter (signal over noise above 5), background subtracted, each
+        voxel from the spots in which it is used; with fewer than 16 such spots it is a centred Gaussian with a sixth
+        of the box as standard deviation.
         """
         used = batch.used
         y = batch.counts.to(torch.float32)
@@ -50,16 +51,22 @@ class DataStatistics:
         gauss = torch.exp(-0.5 * ellipsoid.sum(1))
         profile = gauss / gauss.sum()
 
-        disc = ellipsoid[:, 1:].sum(1) <= 9  # inscribed in every image; the background is taken from the corners
+        disc = ellipsoid[:, 1:].sum(1) <= 5  # three quarters of the half-width, in every image; background from beyond
         corners, inside = used & ~disc, used & disc
         background = (y * corners).sum(1) / corners.sum(1).clamp(min=1)
         net = (y - background[:, None]) * inside
         signal = net.sum(1)
         ratio = signal / torch.sqrt((y * inside).sum(1) + 1)
-        strong = (ratio > 5) & (ratio >= ratio.quantile(0.75)) & used.all(1)
+        # Neighbours take the corners of nearly every box, so only the centre has to be whole.
+        whole = used[:, ellipsoid.sum(1) <= 1].all(1) & (corners.sum(1) >= 20)
+        strong = (ratio > 5) & (ratio >= ratio.quantile(0.75)) & whole
         if int(strong.sum()) >= 16:
             # sqrt(signal) weights: neither the noise of the weaker nor the one brightest spot decides.
-            mean = (net[strong] / signal[strong, None].sqrt()).sum(0).clamp(min=0)
+            weight = (1 / signal[strong].sqrt())[:, None]
+            seen = (weight * signal[strong, None] * inside[strong]).sum(0).clamp(min=1e-6)
+            mean = (weight * net[strong]).sum(0) / seen
+            noise = (weight.square() * y[strong] * inside[strong]).sum(0).sqrt() / seen
+            mean = torch.where(mean > 2 * noise, mean, 0.0)
             profile = 0.99 * mean / mean.sum() + 0.01 * profile  # no voxel is impossible
         values, roots = y[used], root[used]
         low, high = batch.xyzcal_px.amin(0), batch.xyzcal_px.amax(0)
