@@ -1,8 +1,8 @@
 """The share of the spot in the photons of a box: its most likely value, and its likelihood on quadrature nodes.
 
 One program per box does all that touches pixels, with the stages and tolerances of the reference; sums over pixels are
-taken in the precision of the profile, all else in double. Newton and the nodes pass over the box some ten times, all but
-the first in cache.
+taken in the precision of the profile, all else in double. Newton and the nodes pass over the box some ten times, all
+but the first in cache.
 """
 
 import torch

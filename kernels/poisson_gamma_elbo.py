@@ -12,7 +12,6 @@ from torch import Tensor
 
 from xtalfast.kernels._shoebox import (
     GAUSSIAN,
-    LOGITS,
     LOW_RANK,
     SMALLEST_RATE,
     VALUES,
@@ -139,7 +138,7 @@ def tanh(x):
 
 @triton.jit
 def _share_rule_kernel(q, rule, n, width, NODES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Tables [n, 5, width] of nodes and weights over the share X ~ Beta(k_i, k_b): `quadrature_draws` of the reference."""
+    """Tables [n, 5, width] of nodes over the share X ~ Beta(k_i, k_b): `quadrature_draws` of the reference."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = rows < n
     a = tl.load(q + rows, mask=inside, other=1.0)

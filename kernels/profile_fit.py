@@ -1,6 +1,6 @@
-"""Linear fits of intensity and background with weights at a reference: one program per box, counts read once from memory.
+"""Linear fits of intensity and background with weights at a reference: one program per box.
 
-The second pass, for the correlation, finds the tiles of the box in cache.
+The counts are read once from memory: the second pass, for the correlation, finds them in cache.
 """
 
 import torch

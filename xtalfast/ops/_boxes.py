@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from xtalfast.ops.profiles import LowRankProfile, MVNProfile, Profile, SoftmaxPr
 VALID = 1
 OVERLAPPED = 32
 SMALLEST_RATE = 1e-25  # photons; rates below are taken for it, so that p = 0 with y > 0 stays finite
+_HAS_TRITON = find_spec("triton") is not None
 _COUNT_DTYPES = (torch.uint8, torch.uint16, torch.int16, torch.int32, torch.int64)
 
 
@@ -239,7 +241,12 @@ def box_chunks(
 
 def has_kernel(device: torch.device) -> bool:
     """Whether the intensity ops have a compiled kernel for tensors on this device."""
-    return _native.C is not None and device.type == "cpu"
+    return _HAS_TRITON if device.type == "cuda" else _native.C is not None and device.type == "cpu"
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors as the kernels read them, None for those not given."""
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
 def empty_pixels(like: Tensor) -> Tensor:

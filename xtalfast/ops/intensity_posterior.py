@@ -27,6 +27,7 @@ from xtalfast.ops._boxes import (
     box_chunks,
     check_boxes,
     check_rows,
+    contiguous,
     gamma_rows,
     has_kernel,
     unpack,
@@ -304,7 +305,19 @@ def _share_likelihood(counts, mask, ptr, background, profile, prior, nodes):
     return summary, log_rates
 
 
+def _share_likelihood_on_gpu(counts, mask, ptr, background, profile, prior, nodes):
+    from xtalfast.kernels.intensity_posterior import share_likelihood as launch
+
+    node = torch.from_numpy(np.polynomial.legendre.leggauss(nodes)[0]).to(counts.device)
+    summary, log_rates = prior.new_empty(7, prior.shape[1]), prior.new_empty(prior.shape[1], nodes)
+    boxes = contiguous(counts, mask, ptr, background, profile, prior)
+    with torch.cuda.device(counts.device):
+        launch(*boxes, node, _MODE_TOLERANCE, _TAIL_LOG, summary, log_rates)
+    return summary, log_rates
+
+
 _library.impl("share_likelihood", _share_likelihood, "CPU")
+_library.impl("share_likelihood", _share_likelihood_on_gpu, "CUDA")
 
 
 @torch.no_grad()

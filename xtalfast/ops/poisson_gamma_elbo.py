@@ -34,6 +34,7 @@ from xtalfast.ops._boxes import (
     box_chunks,
     check_boxes,
     check_rows,
+    contiguous,
     empty_pixels,
     gamma_rows,
     has_kernel,
@@ -41,14 +42,15 @@ from xtalfast.ops._boxes import (
     unpack,
 )
 from xtalfast.ops.gamma import GammaPair, gamma_kl
-from xtalfast.ops.profiles import LowRankProfile, Profile, SoftmaxProfile, low_rank_logits
+from xtalfast.ops.profiles import LowRankProfile, MVNProfile, Profile, SoftmaxProfile
 
 Nodes = int | Literal["auto"]
 Estimator = Literal["quadrature", "mc"]
 
 _MOST_NODES = 96
 _REFERENCE_PIXELS = 1 << 22  # pixels x nodes that the reference holds at once: 16 MB an array in float32
-_VALUES, _LOGITS, _GAUSSIAN = range(3)  # forms of a profile, ProfileKind of the kernel
+_VALUES, _LOGITS, _GAUSSIAN, _LOW_RANK = range(4)  # forms of a profile; the first three are ProfileKind of the kernel
+_KINDS = {SoftmaxProfile: _LOGITS, MVNProfile: _GAUSSIAN, LowRankProfile: _LOW_RANK}
 
 
 def share_nodes(shape_i: Tensor, shape_bg: Tensor, n_nodes: int) -> tuple[Tensor, Tensor]:
@@ -200,9 +202,11 @@ def monte_carlo_draws(q: Tensor, samples: int, seed: Tensor) -> Tensor:
 _library = torch.library.Library("xtalfast", "FRAGMENT")
 _library.define("standard_gamma(Tensor shape, int samples, Tensor seed) -> Tensor")
 _library.define("standard_gamma_backward(Tensor shape, Tensor draws) -> Tensor")
-# profile: pixel values or logits (kind 0, 1), or the mean of a Gaussian (kind 2) with scale_tril and grid.
+# profile: pixel values or logits (kind 0, 1), the mean of a Gaussian (kind 2) with scale_tril and grid, or the latent
+# of a low-rank profile (kind 3) with its basis and bias in the places of scale_tril and grid.
 # q, prior: [4, N]. Returns the loss [N] and KL [2, N], and their gradients by box (empty unless asked for): of the loss
-# by profile, scale_tril, q and draws; of the two KL by shape, rate, prior shape, prior rate [8, N].
+# by profile (kind 3: by its logits), scale_tril, q and draws; of the two KL by shape, rate, prior shape, prior rate
+# [8, N].
 _library.define(
     "poisson_gamma_elbo(Tensor counts, Tensor? mask, Tensor? ptr, Tensor? background, int kind, Tensor profile, "
     "Tensor? scale_tril, Tensor? grid, Tensor q, Tensor prior, Tensor? draws, int nodes, bool gradients) -> "
@@ -242,19 +246,25 @@ def _backward_draws(ctx, grad):
 @torch.library.register_fake("xtalfast::poisson_gamma_elbo", lib=_library)
 def _(counts, mask, ptr, background, kind, profile, scale_tril, grid, q, prior, draws, nodes, gradients):
     n = q.shape[1]
-    by_profile, by_scale, by_q, by_draws, divergence_by = _gradients_like(profile, scale_tril, q, draws, gradients)
+    by_profile, by_scale, by_q, by_draws, divergence_by = _gradients_like(
+        kind, profile, scale_tril, q, draws, gradients
+    )
     return q.new_empty(n), q.new_empty(2, n), by_profile, by_scale, by_q, by_draws, divergence_by
 
 
-def _gradients_like(profile, scale_tril, q, draws, gradients):
+def _gradients_like(kind, profile, scale_tril, q, draws, gradients):
     """Uninitialised gradients; empty where there is nothing to differentiate."""
     n = q.shape[1] if gradients else 0
-    none = profile.new_empty(0)
+    by_profile, by_scale = profile.new_empty(0), profile.new_empty(0)
+    if gradients and kind == _LOW_RANK:
+        by_profile = profile.new_empty(profile.shape[0], scale_tril.shape[1])
+    elif gradients:
+        by_profile = torch.empty_like(profile, memory_format=torch.contiguous_format)
+    if gradients and kind == _GAUSSIAN:
+        by_scale = torch.empty_like(scale_tril, memory_format=torch.contiguous_format)
     return (
-        torch.empty_like(profile, memory_format=torch.contiguous_format) if gradients else none,
-        torch.empty_like(scale_tril, memory_format=torch.contiguous_format)
-        if gradients and scale_tril is not None
-        else profile.new_empty(0),
+        by_profile,
+        by_scale,
         q.new_empty(4, n),
         torch.empty_like(draws, memory_format=torch.contiguous_format)
         if gradients and draws is not None
@@ -266,7 +276,11 @@ def _gradients_like(profile, scale_tril, q, draws, gradients):
 def _elbo(counts, mask, ptr, background, kind, profile, scale_tril, grid, q, prior, draws, nodes, gradients):
     kernel = _native.require("poisson_gamma_elbo on the CPU")
     n = q.shape[1]
-    by_profile, by_scale, by_q, by_draws, divergence_by = _gradients_like(profile, scale_tril, q, draws, gradients)
+    if kind == _LOW_RANK:  # a matrix product of the whole batch
+        kind, profile, scale_tril, grid = _LOGITS, torch.addmm(grid, profile, scale_tril), None, None
+    by_profile, by_scale, by_q, by_draws, divergence_by = _gradients_like(
+        kind, profile, scale_tril, q, draws, gradients
+    )
     if gradients:
         by_profile = empty_pixels(profile)
     by_q.zero_()  # Monte Carlo differentiates the draws instead
@@ -304,23 +318,41 @@ def _elbo(counts, mask, ptr, background, kind, profile, scale_tril, grid, q, pri
     return loss, divergence, by_profile, by_scale, by_q, by_draws, divergence_by
 
 
+def _elbo_on_gpu(counts, mask, ptr, background, kind, profile, scale_tril, grid, q, prior, draws, nodes, gradients):
+    from xtalfast.kernels.poisson_gamma_elbo import poisson_gamma_elbo as launch
+
+    out = _gradients_like(kind, profile, scale_tril, q, draws, gradients)
+    out[2].zero_()  # Monte Carlo differentiates the draws instead
+    loss, divergence = q.new_empty(q.shape[1]), q.new_empty(2, q.shape[1])
+    counts, mask, ptr, background = contiguous(counts, mask, ptr, background)
+    profile, scale_tril, grid, q, prior, draws = contiguous(profile, scale_tril, grid, q, prior, draws)
+    with torch.cuda.device(counts.device):
+        launch(
+            counts, mask, ptr, background, kind, profile, scale_tril, grid, q, prior, draws, nodes, gradients,
+            loss, divergence, *out,
+        )  # fmt: skip
+    return loss, divergence, *out
+
+
 for _device in ("CPU", "CUDA"):
     _library.impl("standard_gamma", _standard_gamma, _device)
     _library.impl("standard_gamma_backward", _standard_gamma_backward, _device)
 _library.impl("poisson_gamma_elbo", _elbo, "CPU")
+_library.impl("poisson_gamma_elbo", _elbo_on_gpu, "CUDA")
 
 
 def _setup_elbo(ctx, inputs, output):
     _, _, by_profile, by_scale, by_q, by_draws, divergence_by = output
     ctx.set_materialize_grads(False)  # no zeros for the outputs that only carry gradients
     ctx.mark_non_differentiable(by_profile, by_scale, by_q, by_draws, divergence_by)
-    ctx.save_for_backward(inputs[2], by_profile, by_scale, by_q, by_draws, divergence_by)
-    ctx.kind, ctx.gaussian, ctx.monte_carlo = inputs[4], inputs[6] is not None, inputs[10] is not None
+    ctx.kind, ctx.monte_carlo = inputs[4], inputs[10] is not None
+    latent, basis = inputs[5:7] if ctx.kind == _LOW_RANK else (None, None)
+    ctx.save_for_backward(inputs[2], latent, basis, by_profile, by_scale, by_q, by_draws, divergence_by)
 
 
 def _backward_elbo(ctx, by_loss, by_divergence, *_):
     _refuse_double_backward()
-    ptr, by_profile, by_scale, by_q, by_draws, divergence_by = ctx.saved_tensors
+    ptr, latent, basis, by_profile, by_scale, by_q, by_draws, divergence_by = ctx.saved_tensors
     n = by_q.shape[1]
     by_loss = by_q.new_zeros(n) if by_loss is None else by_loss
     up_i, up_b = by_q.new_zeros(2, n) if by_divergence is None else by_divergence
@@ -335,9 +367,13 @@ def _backward_elbo(ctx, by_loss, by_divergence, *_):
         grad_profile = torch.mul(by_profile, per_value, out=empty_pixels(by_profile))
     grad_q = by_q * by_loss + torch.cat([divergence_by[0:2] * up_i, divergence_by[4:6] * up_b])
     grad_prior = torch.cat([divergence_by[2:4] * up_i, divergence_by[6:8] * up_b])
-    grad_scale = by_scale * weight[:, None, None] if ctx.gaussian else None
+    grad_scale = by_scale * weight[:, None, None] if ctx.kind == _GAUSSIAN else None
+    grad_grid = None
+    if ctx.kind == _LOW_RANK:
+        by_logits = grad_profile
+        grad_profile, grad_scale, grad_grid = by_logits @ basis.T, latent.T @ by_logits, by_logits.sum(0)
     grad_draws = by_draws * by_loss[:, None] if ctx.monte_carlo else None
-    return None, None, None, None, None, grad_profile, grad_scale, None, grad_q, grad_prior, grad_draws, None, None
+    return None, None, None, None, None, grad_profile, grad_scale, grad_grid, grad_q, grad_prior, grad_draws, None, None
 
 
 def _refuse_double_backward() -> None:
@@ -424,12 +460,11 @@ def poisson_gamma_elbo(
 
 def _fused(counts, mask, profile, ptr, background, q, prior, draws, nodes) -> tuple[Tensor, Tensor]:
     """Loss [N] and divergences [2, N] by the compiled kernel."""
-    form = SoftmaxProfile(low_rank_logits(profile)) if isinstance(profile, LowRankProfile) else profile
-    kind = _VALUES if isinstance(form, Tensor) else _LOGITS if isinstance(form, SoftmaxProfile) else _GAUSSIAN
-    tensors = [form] if isinstance(form, Tensor) else list(vars(form).values())
+    kind = _KINDS.get(type(profile), _VALUES)
+    tensors = [profile] if isinstance(profile, Tensor) else list(vars(profile).values())
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     values, scale_tril, grid = ([t.to(dtype) for t in tensors] + [None, None])[:3]
-    learned = [t for t in (values, scale_tril, q, prior, draws) if t is not None]
+    learned = [t for t in (values, scale_tril, grid, q, prior, draws) if t is not None]
     gradients = torch.is_grad_enabled() and any(t.requires_grad for t in learned)
     shape = None if background is None else background.to(dtype)
     loss, divergence, *_ = torch.ops.xtalfast.poisson_gamma_elbo(

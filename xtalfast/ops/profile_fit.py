@@ -25,6 +25,7 @@ from xtalfast.ops._boxes import (
     box_chunks,
     check_boxes,
     check_rows,
+    contiguous,
     has_kernel,
     pair_rows,
     per_reflection,
@@ -201,7 +202,17 @@ def _profile_fit(counts, mask, ptr, background, profile, at):
     return fit, solvable
 
 
+def _profile_fit_on_gpu(counts, mask, ptr, background, profile, at):
+    from xtalfast.kernels.profile_fit import profile_fit as launch
+
+    fit, solvable = at.new_empty(6, at.shape[1]), at.new_empty(at.shape[1], dtype=torch.bool)
+    with torch.cuda.device(counts.device):
+        launch(*contiguous(counts, mask, ptr, background, profile, at), fit, solvable)
+    return fit, solvable
+
+
 _library.impl("profile_fit", _profile_fit, "CPU")
+_library.impl("profile_fit", _profile_fit_on_gpu, "CUDA")
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ FILES = {
 
 BACKENDS: dict[str, tuple[str, ...]] = {
     "extract_shoeboxes": ("cpp", "cuda"),
-    "intensity_posterior": ("cpp",),
-    "poisson_gamma_elbo": ("cpp",),
-    "profile_fit": ("cpp",),
+    "intensity_posterior": ("cpp", "triton"),
+    "poisson_gamma_elbo": ("cpp", "triton"),
+    "profile_fit": ("cpp", "triton"),
 }
