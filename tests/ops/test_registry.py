@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("op", BACKENDS)
 def test_op_has_reference_public_function_test_and_bench(op):
     module = import_module(f"xtalfast.ops.{op}")
-    assert callable(getattr(module, f"{op}_reference"))
+    assert any(name.endswith("_reference") and callable(value) for name, value in vars(module).items())
     assert getattr(ops, op) is getattr(module, op)
     assert (ROOT / f"tests/ops/test_{op}.py").is_file()
     assert (ROOT / f"bench/bench_{op}.py").is_file()
