@@ -45,7 +45,7 @@ def blob(n_atoms: int, rng: np.random.Generator) -> NDArray[np.float64]:
 
 @pytest.fixture
 def make_crystal() -> Callable[..., Crystal]:
-    """`make_crystal(seed, space_group, cell, d_min, coords)`; without coords a blob of n_atoms, without cell a loose one."""
+    """`make_crystal(seed, space_group, cell, d_min, ...)`: a blob of n_atoms unless coords are given, a loose cell."""
 
     def make(
         seed: int = 0,
@@ -55,6 +55,7 @@ def make_crystal() -> Callable[..., Crystal]:
         n_atoms: int = 80,
         solvent: float = 0.72,
         coords: NDArray | None = None,
+        centre: tuple[float, float, float] | None = None,
     ) -> Crystal:
         rng = np.random.default_rng(seed)
         group = gemmi.SpaceGroup(space_group)
@@ -66,7 +67,7 @@ def make_crystal() -> Callable[..., Crystal]:
             edges *= (volume / gemmi.UnitCell(*edges, *angles).volume) ** (1 / 3)
             cell = (*edges, *angles)
         unit_cell = gemmi.UnitCell(*cell)
-        fractional = atoms @ np.array(unit_cell.frac.mat.tolist()).T + rng.random(3)
+        fractional = atoms @ np.array(unit_cell.frac.mat.tolist()).T + (rng.random(3) if centre is None else centre)
         hkl = np.array(gemmi.make_miller_array(unit_cell, group, d_min), np.int64)
         hkl = hkl[~group.operations().systematic_absences(hkl.astype(np.int32))]
         crystal = Crystal(unit_cell, group, hkl, np.zeros(len(hkl), complex), fractional)

@@ -44,7 +44,7 @@ def install(tmp_path, monkeypatch, **programs: str) -> None:
 
 
 def test_whole_way(tmp_path, monkeypatch, make_crystal):
-    crystal = make_crystal(0, n_atoms=30, d_min=2.5, solvent=0.75)
+    crystal = make_crystal(0, n_atoms=40, solvent=0.75)
     atoms = [f"C{i + 1:03d} 1 {x:.6f} {y:.6f} {z:.6f} 11.00000 0.2" for i, (x, y, z) in enumerate(crystal.coords)]
     (tmp_path / "atoms").write_text("\n".join(["TITL a", "SFAC C N O", "UNIT 30 0 0", *atoms, "HKLF 3", "END"]))
     fill = {"python": sys.executable, "atoms": str(tmp_path / "atoms")}
@@ -52,11 +52,11 @@ def test_whole_way(tmp_path, monkeypatch, make_crystal):
     found = solve_with_shelx(abs(crystal.F), crystal.hkl, crystal.cell, solvent=0.65)
     assert found.solved
     assert found.parameters["engine"] == "shelx"
-    assert match(crystal.F, found.F, crystal.hkl, crystal.cell).map_cc > 0.9
+    assert match(crystal.F, found.F, crystal.hkl, crystal.cell).map_cc > 0.8
 
 
 def test_absent_or_silent_programs(tmp_path, monkeypatch, make_crystal):
-    crystal = make_crystal(0, n_atoms=10, d_min=3.0)
+    crystal = make_crystal(0, n_atoms=10, d_min=2.0)
     install(tmp_path, monkeypatch)
     with pytest.raises(InputError, match="needs the program shelxd on PATH"):
         solve_with_shelx(abs(crystal.F), crystal.hkl, crystal.cell)

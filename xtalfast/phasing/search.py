@@ -45,7 +45,7 @@ class SearchOptions:
     mask_every: int = 8
     polish: int = 20
     r_promising: float = 0.7
-    r_free_solved: float = 0.35
+    r_free_solved: float = 0.28
 
 
 @dataclass

@@ -26,10 +26,10 @@ def hio(maps: Tensor, projected: Tensor, protein: Tensor, amplitudes: Amplitudes
 
 
 def difference_map(maps: Tensor, projected: Tensor, protein: Tensor, amplitudes: Amplitudes, beta: float) -> Tensor:
-    """Elser's difference map with gamma = -+1/beta. Ref: Elser (2003) J. Opt. Soc. Am. A 20, 40."""
+    """Difference map, gamma = 1/beta (data), -1/beta (density). Ref: Elser (2003) J. Opt. Soc. Am. A 20, 40."""
     flat = flatten_solvent(maps, protein)
-    towards_data = projected - (projected - maps) / beta
-    towards_flat = flat + (flat - maps) / beta
+    towards_data = projected + (projected - maps) / beta
+    towards_flat = flat - (flat - maps) / beta
     return maps + beta * (flatten_solvent(towards_data, protein) - amplitudes.project(towards_flat))
 
 
