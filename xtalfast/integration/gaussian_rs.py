@@ -611,10 +611,11 @@ class ReferenceProfiles:
         given = SpotWidths.from_profile(experiments[0].profile) if experiments else None
         enough = len(strong.rows) >= MIN_STRONG
         if widths is None:
-            widths = given
             if enough:
                 widths = fit_widths(store, experiments, strong, given.n_sigma if given else 3.0)
-            elif given is None:
+            elif given is not None:
+                widths = given
+            else:
                 widths = fit_widths(store, experiments, select_brightest(store, n_max=n_max))
                 logger.warning(
                     "only %d strong spots with background around them: the spot widths are rough, from the photons of "
