@@ -54,8 +54,8 @@ class DataStatistics:
         disc = ellipsoid[:, 1:].sum(1) <= 5  # three quarters of the half-width, in every image; background from beyond
         corners, inside = used & ~disc, used & disc
         background = (y * corners).sum(1) / corners.sum(1).clamp(min=1)
-        net = (y - background[:, None]) * inside
-        signal = net.sum(1)
+        net = (y - background[:, None]) * used
+        signal = (net * inside).sum(1)
         ratio = signal / torch.sqrt((y * inside).sum(1) + 1)
         # Neighbours take the corners of nearly every box, so only the centre has to be whole.
         whole = used[:, ellipsoid.sum(1) <= 1].all(1) & (corners.sum(1) >= 20)
@@ -63,10 +63,10 @@ class DataStatistics:
         if int(strong.sum()) >= 16:
             # sqrt(signal) weights: neither the noise of the weaker nor the one brightest spot decides.
             weight = (1 / signal[strong].sqrt())[:, None]
-            seen = (weight * signal[strong, None] * inside[strong]).sum(0).clamp(min=1e-6)
+            seen = (weight * signal[strong, None] * used[strong]).sum(0).clamp(min=1e-6)
             mean = (weight * net[strong]).sum(0) / seen
-            noise = (weight.square() * y[strong] * inside[strong]).sum(0).sqrt() / seen
-            mean = torch.where(mean > 2 * noise, mean, 0.0)
+            noise = (weight.square() * y[strong] * used[strong]).sum(0).sqrt() / seen
+            mean = torch.where(mean > 3 * noise, mean, 0.0)
             profile = 0.99 * mean / mean.sum() + 0.01 * profile  # no voxel is impossible
         values, roots = y[used], root[used]
         low, high = batch.xyzcal_px.amin(0), batch.xyzcal_px.amax(0)
