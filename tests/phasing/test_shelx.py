@@ -49,7 +49,7 @@ def test_whole_way(tmp_path, monkeypatch, make_crystal):
     (tmp_path / "atoms").write_text("\n".join(["TITL a", "SFAC C N O", "UNIT 30 0 0", *atoms, "HKLF 3", "END"]))
     fill = {"python": sys.executable, "atoms": str(tmp_path / "atoms")}
     install(tmp_path, monkeypatch, shelxd=SHELXD.format(**fill), shelxe=SHELXE.format(**fill))
-    found = solve_with_shelx(abs(crystal.F), crystal.hkl, crystal.cell, solvent=0.65)
+    found = solve_with_shelx(abs(crystal.F), crystal.hkl, crystal.cell, solvent=0.55)
     assert found.solved
     assert found.parameters["engine"] == "shelx"
     assert match(crystal.F, found.F, crystal.hkl, crystal.cell).map_cc > 0.8
