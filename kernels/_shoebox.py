@@ -141,7 +141,7 @@ def load_profile(
 
 @triton.jit
 def log_factorial(y, WHOLE: tl.constexpr):
-    """log y!: of whole numbers the logarithm of an exact product, or Stirling's series above 12; in double for others."""
+    """log y!: of whole numbers the logarithm of an exact product, Stirling's series above 12; in double for others."""
     if WHOLE:
         x = tl.maximum(y, 12.0) + 1.0
         product = tl.full(y.shape, 1.0, y.dtype)

@@ -434,6 +434,14 @@ def solve_transposed(l00, l10, l11, l20, l21, l22, v0, v1, v2):
     return x0, x1, x2
 
 
+def share_rule(q: Tensor, rule: Tensor, nodes: int) -> None:
+    """Write the quadrature rules of all boxes, [N, 5, nodes], or [N, 5, 96] for the automatic choice, nodes = 0."""
+    n, _, width = rule.shape
+    _share_rule_kernel[(triton.cdiv(n, _RULE_ROWS),)](
+        q, rule, n, width, NODES=nodes, ROWS=_RULE_ROWS, WIDTH=triton.next_power_of_2(width)
+    )
+
+
 def poisson_gamma_elbo(
     counts: Tensor,
     mask: Tensor | None,
@@ -482,9 +490,7 @@ def poisson_gamma_elbo(
     rule, width = None, nodes or MOST_NODES
     if draws is None:
         rule = torch.empty(n, _TABLES, width, dtype=profile.dtype, device=q.device)
-        _share_rule_kernel[(triton.cdiv(n, _RULE_ROWS),)](
-            q, rule, n, width, NODES=nodes, ROWS=_RULE_ROWS, WIDTH=triton.next_power_of_2(width)
-        )
+        share_rule(q, rule, nodes)
     else:
         width = draws.shape[2]
     _poisson_gamma_elbo_kernel[(n,)](
