@@ -4,13 +4,12 @@ PYTHON ?= python3
 # The CPU build of torch; a GPU machine installs its own: make setup TORCH=torch
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
-BASE ?= HEAD~1
 DATA ?= ../shared/data
 BIN := $(VENV)/bin
 # Threads that wait asleep: spinning ones slow a busy machine down tenfold.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help system setup build demo test bench bench-compare results lint format docs new-op clean
+.PHONY: help system setup build demo test bench results lint format docs new-op clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -41,9 +40,6 @@ test: setup  ## the whole test-suite
 bench: setup  ## speed ratios against in-run baselines, compared with bench/baseline.json
 	OMP_NUM_THREADS=1 $(BIN)/pytest bench --benchmark-sort=name --benchmark-columns=min,median,rounds $(PYTEST_ARGS)
 
-bench-compare: setup  ## speed of this tree against another commit: make bench-compare BASE=v0.1
-	$(BIN)/python bench/compare.py $(BASE)
-
 results: setup  ## docs/results.md from the shared data (DATA=...), DIALS beside us
 	$(BIN)/python bench/results.py --data $(DATA)
 
@@ -58,11 +54,11 @@ format: setup  ## rewrite the sources as `make lint` wants them
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i csrc/*
 
-docs: setup  ## rewrite the generated parts of docs/ (command-line help, table of ops)
+docs: setup  ## rewrite docs/cli.md from the program's own help
 	$(BIN)/python docs/generate.py
 
 new-op: setup  ## the files of a new op: make new-op NAME=my_op
-	$(BIN)/python docs/new_op.py $(NAME)
+	$(BIN)/python tools/new_op.py $(NAME)
 
 clean:  ## remove build products, never results
 	rm -rf build dist demo .pytest_cache .mypy_cache .ruff_cache
