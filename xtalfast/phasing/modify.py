@@ -224,7 +224,12 @@ def density_modify(
     quantiles = reference_quantiles(data.d_min).to(device) if chosen.histogram > 0 else None
     with torch.no_grad():
         final, flat = modify_spectrum(
-            spectrum[None], amplitudes, torch.tensor([solvent]), chosen, fom=weight.real, quantiles=quantiles
+            spectrum[None],
+            amplitudes,
+            torch.tensor([solvent]),
+            chosen,
+            fom=weight.real * data.cell.volume,
+            quantiles=quantiles,
         )
     r, _ = amplitudes.r_factors(grid.to_map(flat))
     found, model = (grid.gather(s[0], data.hkl).cpu().numpy().astype(np.complex128) for s in (final, flat))
