@@ -29,7 +29,7 @@ from xtalfast.density.store import Fragment, FragmentStore
 from xtalfast.phasing import density_modify, match, solve
 
 LIST = Path(__file__).with_name("phasing_fragments.txt")
-N_FRAGMENTS, N_SWEEP = 200, 20
+N_FRAGMENTS, N_SWEEP, N_MODIFY = 200, 20, 50
 SECONDS, SWEEP_SECONDS = 60.0, 20.0
 RECOVERED = 0.8
 SOLVENT_BINS = (0.0, 0.6, 0.7, 0.8, 1.0)
@@ -263,7 +263,7 @@ def main() -> None:
     jobs: list[tuple[object, float, int]] = {
         "solve": [(condition, SECONDS, N_FRAGMENTS) for condition in MAIN],
         "sweeps": [(condition, SWEEP_SECONDS, N_SWEEP) for condition in SWEEPS],
-        "modify": [(start, 0.0, N_FRAGMENTS) for start in MODIFY],
+        "modify": [(start, 0.0, N_MODIFY) for start in MODIFY],
     }[arguments.what]
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     with arguments.output.open("a") as output:
