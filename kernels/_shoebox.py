@@ -37,13 +37,13 @@ def load_pixels(
     """Counts (0 where not used), use, and background (1 where not used) of the pixels `at` of a box."""
     used = inside
     if mask is not None:
-        bits = tl.load(mask + first + at, mask=inside, other=0)
+        bits = tl.load(mask + (first + at), mask=inside, other=0)
         used = inside & ((bits & USED_BITS) == VALID) if BITS else inside & (bits != 0)
-    y = tl.where(used, tl.load(counts + first + at, mask=inside, other=0).to(dtype), 0.0)
+    y = tl.where(used, tl.load(counts + (first + at), mask=inside, other=0).to(dtype), 0.0)
     b = tl.full(at.shape, 1.0, dtype)
     if background is not None:
         row_first = first if BACKGROUND_ROWS else first * 0
-        b = tl.where(used, tl.load(background + row_first + at, mask=inside, other=1.0), 1.0)
+        b = tl.where(used, tl.load(background + (row_first + at), mask=inside, other=1.0), 1.0)
     return y, used, b
 
 
@@ -74,7 +74,7 @@ def profile_logits(
             pattern = tl.load(matrix + d * pixels + at, mask=inside, other=0.0)
             logits += tl.load(profile + row * rank + d) * pattern
     else:
-        logits = tl.load(profile + first + at, mask=inside, other=0.0)
+        logits = tl.load(profile + (first + at), mask=inside, other=0.0)
     return tl.where(inside, logits, -float("inf"))
 
 
@@ -132,7 +132,7 @@ def load_profile(
 ):
     """Profile values of the pixels `at` of a box, 0 outside it."""
     if KIND == VALUES:
-        p = tl.load(profile + first + at, mask=inside, other=0.0)
+        p = tl.load(profile + (first + at), mask=inside, other=0.0)
     else:
         logits = profile_logits(profile, matrix, per_pixel, row, first, at, inside, pixels, rank, RAGGED, KIND)
         p = tl.exp(logits - top) * scale

@@ -112,8 +112,8 @@ def s_from_share(x, a, c):
         middle = 0.5 * (low + high)
         below = share_from_s(middle, a, c) < x
         low, high = tl.where(below, middle, low), tl.where(below, high, middle)
-    same = ((a == 1.0) & (c == 1.0)) | (x <= 0.0) | (x >= 1.0)
-    return tl.where(same, x, 0.5 * (low + high))
+    inner = tl.where((a == 1.0) & (c == 1.0), x, 0.5 * (low + high))
+    return tl.where((x <= 0.0) | (x >= 1.0), x, inner)
 
 
 @triton.autotune(configs=tile_configs((256, 4), (128, 2)), key=["pixels", "nodes"])
@@ -164,33 +164,35 @@ def _share_likelihood_kernel(
     tl.store(summary + 2 * n + row, tl.sum(photons, 0).to(tl.float64))
     tl.store(summary + 3 * n + row, tl.sum(factorials, 0).to(tl.float64))
 
-    # maximum of a log X + c log(1 - X) + sum y log(rate): Newton in t = logit X inside a bracket
+    # maximum of a log X + c log(1 - X) + sum y log(rate): Newton in t = logit X inside a bracket; the last step is only
+    # looked at, so that one copy of the loop over the pixels serves all
     mode = a / (a + c)
-    low, high = mode * 0.0 - FARTHEST, mode * 0.0 + FARTHEST
+    zero = mode * 0.0
+    low, high = zero - FARTHEST, zero + FARTHEST
+    slope, curvature, skew, log_rate = zero, zero, zero, zero
     step = 0
-    while step < MOST_STEPS:
-        slope, curvature, _, _ = share_slopes(
+    while step <= MOST_STEPS:
+        slope, curvature, skew, log_rate = share_slopes(
             counts, mask, background, profile, first, size, to_one, to_zero, mode, BITS, BACKGROUND_ROWS, BLOCK
         )
-        slope += a / mode - c / (1.0 - mode)
-        curvature += a / (mode * mode) + c / ((1.0 - mode) * (1.0 - mode))
+        rise = slope + a / mode - c / (1.0 - mode)
+        bend = curvature + a / (mode * mode) + c / ((1.0 - mode) * (1.0 - mode))
         t = tl.log(mode / (1.0 - mode))
-        low, high = tl.where(slope > 0.0, t, low), tl.where(slope > 0.0, high, t)
-        newton = t + slope / (curvature * mode * (1.0 - mode) - (1.0 - 2.0 * mode) * slope)
+        low, high = tl.where(rise > 0.0, t, low), tl.where(rise > 0.0, high, t)
+        newton = t + rise / (bend * mode * (1.0 - mode) - (1.0 - 2.0 * mode) * rise)
         t = tl.where((newton > low) & (newton < high), newton, 0.5 * (low + high))
-        mode = 1.0 / (1.0 + tl.exp(-t))
-        step = tl.where(tl.abs(slope) <= TOLERANCE * tl.sqrt(curvature), MOST_STEPS, step + 1)
+        mode = tl.where(step < MOST_STEPS, 1.0 / (1.0 + tl.exp(-t)), mode)
+        near = tl.abs(rise) <= TOLERANCE * tl.sqrt(bend)
+        step = tl.where((step < MOST_STEPS) & near, MOST_STEPS, step + 1)
 
-    slope, curvature, skew, log_rate = share_slopes(
-        counts, mask, background, profile, first, size, to_one, to_zero, mode, BITS, BACKGROUND_ROWS, BLOCK
-    )
-    curvature = tl.maximum(curvature, 1e-30)
-    # a positive third derivative makes the right tail the heavy one; the other falls at least as a Gaussian does
-    right = heavy_tail(-slope, curvature, skew, skew > 0.0, TAIL)
-    left = heavy_tail(slope, curvature, skew, skew < 0.0, TAIL)
+    # ends of the quadrature, lower and upper; a positive third derivative makes the upper tail the heavy one, the other
+    # falls at least as a Gaussian does
+    upper = tl.arange(0, 2) == 1
+    sign = tl.where(upper, zero + 1.0, zero - 1.0)
+    reach = heavy_tail(-sign * slope, tl.maximum(curvature, 1e-30), skew, sign * skew > 0.0, TAIL)
     a_low, c_low = tl.minimum(a, 1.0), tl.minimum(c, 1.0)
-    s_low = s_from_share(tl.maximum(mode - left, 0.0), a_low, c_low)
-    s_high = s_from_share(tl.minimum(mode + right, 1.0), a_low, c_low)
+    ends = s_from_share(tl.minimum(tl.maximum(mode + sign * reach, 0.0), 1.0), a_low, c_low)
+    s_low, s_high = tl.sum(tl.where(upper, 0.0, ends), 0), tl.sum(tl.where(upper, ends, 0.0), 0)
     tl.store(summary + 4 * n + row, log_rate)
     tl.store(summary + 5 * n + row, s_low)
     tl.store(summary + 6 * n + row, s_high)

@@ -339,7 +339,7 @@ def _poisson_gamma_elbo_kernel(
                 m00, m10, m11 = m00 + p * z0 * z0, m10 + p * z1 * z0, m11 + p * z1 * z1
                 m20, m21, m22 = m20 + p * z2 * z0, m21 + p * z2 * z1, m22 + p * z2 * z2
             else:
-                tl.store(by_profile + first + at, by_p, mask=inside)
+                tl.store(by_profile + (first + at), by_p, mask=inside)
 
     mean_i, mean_b = mean_rates(q, draws, row, n, width)  # read again rather than kept in registers through the loop
     profile_sum = tl.sum(profile_sums, 0)
@@ -421,8 +421,8 @@ def _poisson_gamma_elbo_kernel(
                 p = load_profile(
                     profile, matrix, per_pixel, row, first, at, inside, pixels, rank, top, scale, RAGGED, KIND
                 )
-                by_p = tl.load(by_profile + first + at, mask=inside, other=0.0)
-                tl.store(by_profile + first + at, p * (by_p - centre), mask=inside)
+                by_p = tl.load(by_profile + (first + at), mask=inside, other=0.0)
+                tl.store(by_profile + (first + at), p * (by_p - centre), mask=inside)
 
 
 @triton.jit
