@@ -210,10 +210,11 @@ def tables(rows: list[dict]) -> str:
                 continue
             good = [r["map_cc"] for r in mine if r["recovered"]]
             wrong = [{"false": r["solved"] and not r["recovered"]} for r in mine]
+            mean_cc = np.mean(good) if good else float("nan")
             seconds = np.percentile([r["seconds"] for r in mine], (50, 95))
             lines.append(
                 f"| {condition.name} ({budget:.0f} s) | {len(mine)} | {share(mine, 'solved')}"
-                f" | {share(mine, 'recovered')} | {share(wrong, 'false')} | {np.mean(good) if good else float('nan'):.3f}"
+                f" | {share(mine, 'recovered')} | {share(wrong, 'false')} | {mean_cc:.3f}"
                 f" | {seconds[0]:.1f} | {seconds[1]:.1f} |"
             )
     lines += ["", "| solvent | data | n | recovered |", "|---|---|---|---|"]
