@@ -116,7 +116,7 @@ def s_from_share(x, a, c):
     return tl.where((x <= 0.0) | (x >= 1.0), x, inner)
 
 
-@triton.autotune(configs=tile_configs((256, 4), (128, 2)), key=["pixels", "nodes"])
+@triton.autotune(configs=tile_configs((128, 4), (256, 8)), key=["pixels", "nodes"])
 @triton.jit(do_not_specialize=["n", "pixels", "nodes"])
 def _share_likelihood_kernel(
     counts,

@@ -26,7 +26,7 @@ from xtalfast.kernels._shoebox import (
 )
 
 MOST_NODES = 96  # of the automatic choice
-_RULE_ROWS = 4  # boxes a program
+_RULE_ROWS = 2  # boxes a program
 _DIVERGENCE_ROWS = 128
 # rows of the table of a rule: intensity, background, weight, and the weights of the gradients by the two shapes
 INTENSITY, BACKGROUND, WEIGHT, BY_SHARE, BY_REST = (tl.constexpr(k) for k in range(5))
@@ -234,9 +234,16 @@ def mean_rates(q, draws, row, n, width):
     return mean_i, mean_b
 
 
+def fitting_configs(configs: list[triton.Config], arguments: dict[str, Tensor], **_: object) -> list[triton.Config]:
+    """Double precision takes two registers a value: one pixel a thread, or they spill."""
+    double = arguments["profile"].dtype == torch.float64
+    return [config for config in configs if not double or config.kwargs["BLOCK"] == 32 * config.num_warps]
+
+
 @triton.autotune(
-    configs=tile_configs((256, 4), (128, 2)),
+    configs=tile_configs((256, 4), (128, 4)),
     key=["pixels", "width", "rank", "KIND", "GRADIENTS"],
+    prune_configs_by={"early_config_prune": fitting_configs},
 )
 @triton.jit(do_not_specialize=["n", "pixels", "width", "rank"])
 def _poisson_gamma_elbo_kernel(
