@@ -6,7 +6,7 @@ namespace {
 
 constexpr int lanes = 4;         // nodes taken in one sweep over the pixels
 constexpr int most_steps = 80;   // of the search for the mode
-constexpr double farthest = 60;  // |logit X| at which that search ends
+constexpr double farthest = 36;  // |logit X| at which that search ends: 1 - X is still above 0 in double precision
 constexpr double light = 1e-150; // third derivative of a tail that falls like a Gaussian
 
 // sum y r, sum y r^2, sum y r^3 with r = d log(rate) / dX, and sum y log(rate).

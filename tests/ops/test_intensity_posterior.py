@@ -223,3 +223,18 @@ def test_without_the_extension_the_reference_gives_the_same(monkeypatch):
     plain = intensity_posterior(*arguments, quantiles=(0.1, 0.9))
     for one, other in zip(vars(fused).values(), vars(plain).values()):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [1e2, 1e3, 1e5])
+def test_a_peaked_background_prior_gives_the_definition(shape):
+    """The search for the mode ends where 1 - X is still above 0, whatever its bracket."""
+    generator = torch.Generator().manual_seed(0)
+    profile = torch.softmax(-0.5 * torch.linspace(-6, 6, 300).square(), 0).expand(200, -1).contiguous()
+    intensity = torch.linspace(0, 100, 200)[:, None]
+    counts = torch.poisson(intensity * profile + 1.0, generator=generator).to(torch.int32)
+    mask = torch.rand(counts.shape, generator=generator) > 0.3
+    arguments = (counts, mask, profile, (1.0, 0.02), (shape, shape))
+    found, wanted = intensity_posterior(*arguments), intensity_posterior_reference(*arguments)
+    assert torch.isfinite(found.mean_i).all() and torch.isfinite(found.var_i).all()
+    assert ((found.mean_i - wanted.mean_i).abs() < 1e-3 * wanted.var_i.sqrt()).all()
+    assert ((found.var_i / wanted.var_i - 1).abs() < 1e-3).all()
