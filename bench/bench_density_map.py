@@ -43,14 +43,6 @@ def model(b_iso: float | None):
     )
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def gemmi_calculator(structure: gemmi.Structure) -> gemmi.DensityCalculatorX:
     calculator = gemmi.DensityCalculatorX()
     calculator.cutoff = 1e-5

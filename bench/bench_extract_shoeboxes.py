@@ -23,14 +23,6 @@ def stack() -> tuple[np.ndarray, np.ndarray]:
     return images, np.stack([low, low + BOX[::-1]], axis=2).reshape(N, 6).astype(np.int32)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def numpy_boxes(images: np.ndarray, bbox: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Counts with masked pixels at 0, and the Valid bit: all that `extract_shoeboxes` returns but the narrow type."""
     windows = np.lib.stride_tricks.sliding_window_view(images, BOX)

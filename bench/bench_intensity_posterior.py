@@ -9,7 +9,6 @@ from xtalfast.ops.intensity_posterior import intensity_posterior_reference
 
 
 def test_intensity_posterior(paired):
-    torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     profile = torch.softmax(torch.randn(512, 3 * 21 * 21, generator=generator), 1)
     counts = torch.poisson(100 * profile + 1, generator=generator).to(torch.uint16)

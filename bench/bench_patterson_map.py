@@ -10,14 +10,6 @@ from xtalfast.ops import patterson_map, structure_factors
 D_MIN = 1.5
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("n_maps", [1, 16])
 @pytest.mark.parametrize("grid", [(36, 40, 52), (64, 64, 64)], ids=lambda g: "x".join(map(str, g)))
 def test_patterson(paired, grid, n_maps):

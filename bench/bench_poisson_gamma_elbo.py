@@ -18,14 +18,6 @@ PIXELS = 3 * 21 * 21
 PRIOR_I, PRIOR_B = (1.0, 0.01), (1.0, 1.0)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def problem(n: int) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """Counts, logits that require a gradient, and shape and rate of q(I) and q(B)."""
     generator = torch.Generator().manual_seed(0)

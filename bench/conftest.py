@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 BASELINE = Path(__file__).parent / "baseline.json"
 TOLERANCE = float(os.environ.get("XTALFAST_BENCH_TOLERANCE", "1.15"))
@@ -49,6 +50,15 @@ def paired_ratio(ours: Callable[[], object], reference: Callable[[], object], ro
             seconds[function] = time.process_time() - start
         ratios.append(seconds[ours] / seconds[reference])
     return statistics.median(ratios)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Ratios are of CPU time on one thread, for torch too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

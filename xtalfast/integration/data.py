@@ -17,8 +17,8 @@ from torch import Tensor
 
 from xtalfast.errors import InputError
 from xtalfast.integration.splits import mixed_keys, thin_photons
+from xtalfast.ops._boxes import used_pixels
 
-VALID, OVERLAPPED = 1, 32  # DIALS mask bits
 _BLOCK = 4096  # rows read from one place of a store
 _POOL = 4  # blocks shuffled together: 43 MB of counts of the paper's box, so a cold disk is read nearly in order
 
@@ -71,9 +71,7 @@ class ShoeboxBatch:
     @property
     def used(self) -> Tensor:
         """Voxels that enter likelihood and features [B, P] bool."""
-        if self.mask.dtype == torch.bool:
-            return self.mask
-        return (self.mask & (VALID | OVERLAPPED)) == VALID
+        return used_pixels(self.mask)
 
     @property
     def offset(self) -> Tensor:

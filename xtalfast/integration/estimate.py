@@ -32,17 +32,16 @@ from xtalfast.integration.gaussian_rs import (
     SpotWidths,
     images_in_scan,
     rotation_edges,
-    used_pixels,
 )
 from xtalfast.integration.kabsch import box_edges, direction_coordinates
 from xtalfast.integration.priors import BackgroundPrior, Priors, WilsonPrior, centric_and_epsilon, space_groups
 from xtalfast.io import Flag
+from xtalfast.masks import BACKGROUND, FOREGROUND, used_pixels
 from xtalfast.models import Array, Experiment
 from xtalfast.ops import intensity_posterior, profile_fit
 
 Progress = Callable[[str, int, int], None]
 
-BACKGROUND, FOREGROUND = 2, 4  # mask bits of DIALS
 VALID_PROFILE = 0.75  # share of the recorded profile that must be unmasked, DIALS' valid_foreground_threshold
 MIN_RECORDED = 0.1  # share of the whole spot that must be recorded
 PRIOR_ROWS = 20000  # reflections that the priors are fitted to

@@ -39,12 +39,12 @@ from xtalfast.errors import InputError
 from xtalfast.integration.background import robust_background
 from xtalfast.integration.kabsch import box_edges, direction_coordinates, kabsch_frame, rotation_coordinates
 from xtalfast.io.files import replacing
+from xtalfast.masks import used_pixels
 from xtalfast.models import Array, Experiment
 
 logger = logging.getLogger("xtalfast")
 Progress = Callable[[str, int, int], None]
 
-VALID, OVERLAPPED = 1, 32  # mask bits of DIALS
 
 SUB_PIXELS = 3  # nodes per pixel edge: exact to 1e-3 of the profile for widths above half a pixel
 GRID = 13  # tent functions along epsilon1 and epsilon2
@@ -107,11 +107,6 @@ class StrongSpots(NamedTuple):
     rows: NDArray[np.int64]
     background: Array  # [N] counts per pixel
     intensity: Array  # [N] counts above the background
-
-
-def used_pixels(mask: NDArray) -> NDArray[np.bool_]:
-    """Pixels that belong to the reflection and hold photons: Valid and not Overlapped."""
-    return (mask & (VALID | OVERLAPPED)) == VALID
 
 
 class _Geometry(NamedTuple):

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xtalfast import _native
-from xtalfast.integration.store import OVERLAPPED
+from xtalfast.masks import OVERLAPPED
 from xtalfast.models import Array, Experiment
 
 

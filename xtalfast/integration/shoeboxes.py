@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from xtalfast.errors import InputError
 from xtalfast.integration.shoebox_rows import Box, fingerprint, prepare_rows, shard_bounds, volumes
 from xtalfast.integration.shoebox_stream import Extraction, Progress, Spots, open_sweeps
-from xtalfast.integration.store import OVERLAPPED, VALID, Reason, ShoeboxStore, StoreWriter
+from xtalfast.integration.store import Reason, ShoeboxStore, StoreWriter
 from xtalfast.io import ReflectionTable, ShoeboxColumn
+from xtalfast.masks import OVERLAPPED, VALID
 from xtalfast.models import Experiment
 
 __all__ = ["Reason", "ShoeboxStore", "extract_store", "store_from_shoebox_column"]

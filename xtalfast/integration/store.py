@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from xtalfast.errors import InputError
 from xtalfast.io.files import remove_partial, replacing, write_text
+from xtalfast.masks import used_pixels
 
 Rows = NDArray[np.int64]
 
-VALID, OVERLAPPED = 1, 32  # DIALS mask bits
 SHARD_VOXELS = 1 << 21  # 6 MB of counts and mask: small beside memory, large beside a seek
 _OPEN_SHARDS = 8  # mapped at once; mapped pages count as resident memory
 _FORMAT = "xtalfast shoebox store"
@@ -286,7 +286,7 @@ def _moments(counts: NDArray, mask: NDArray) -> list[float]:
     moments = np.zeros(5)
     for start in range(0, len(counts), 1 << 18):
         piece = slice(start, start + (1 << 18))
-        used = (mask[piece] & (VALID | OVERLAPPED)) == VALID
+        used = used_pixels(mask[piece])
         y = counts[piece][used].astype(float)
         squared = 4 * (y + 0.375)  # of the transform
         moments += len(y), y.sum(), (y * y).sum(), np.sqrt(squared).sum(), squared.sum()

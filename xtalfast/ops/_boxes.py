@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from xtalfast import _native
+from xtalfast.masks import OVERLAPPED, VALID
 from xtalfast.ops.gamma import GammaPair, TensorPair
 from xtalfast.ops.profiles import LowRankProfile, MVNProfile, Profile, SoftmaxProfile, materialise, segment_sum
 
-VALID = 1
-OVERLAPPED = 32
 SMALLEST_RATE = 1e-25  # photons; rates below are taken for it, so that p = 0 with y > 0 stays finite
 _HAS_TRITON = find_spec("triton") is not None
 _COUNT_DTYPES = (torch.uint8, torch.uint16, torch.int16, torch.int32, torch.int64)

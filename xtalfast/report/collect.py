@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xtalfast.integration.gaussian_rs import used_pixels
 from xtalfast.integration.store import ShoeboxStore
 from xtalfast.io import Flag
+from xtalfast.masks import used_pixels
 from xtalfast.metrics import MergingStatistics
 from xtalfast.metrics.truth import load_truth
 from xtalfast.report.data import Comparison, ReportData, ShoeboxExample, example_rows, mean_profiles
