@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import os
 import shutil
 import subprocess
 import time
@@ -242,11 +243,15 @@ def merged_against_truth(directory: Path, mtz: Path) -> dict[str, float]:
 def scale_and_merge(directory: Path, refl: Path, expt: Path) -> tuple[MergingStatistics, Path]:
     """dials.scale and dials.merge -> statistics of the scaled data, merged MTZ."""
     directory.mkdir(parents=True, exist_ok=True)
+    # DIALS has a Python of its own, which must not meet our packages.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     for command in (
         ["dials.scale", refl.resolve(), expt.resolve()],
         ["dials.merge", "scaled.refl", "scaled.expt"],
     ):
-        done = subprocess.run([str(c) for c in command], cwd=directory, capture_output=True, text=True)
+        done = subprocess.run(
+            [str(c) for c in command], cwd=directory, env=environment, capture_output=True, text=True, check=False
+        )
         if done.returncode:
             raise RuntimeError(f"{command[0]} failed in {directory}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
     return stats_for_file(directory / "scaled.refl", directory / "scaled.expt", d_min=1.7), directory / "merged.mtz"
