@@ -32,6 +32,7 @@ from xtalfast.integration.shoeboxes import ShoeboxStore, extract_store, store_fr
 from xtalfast.integration.store import NO_SPOT, Reason
 from xtalfast.io import ExperimentList, ReflectionTable, ShoeboxColumn, read_expt, read_refl, write_expt
 from xtalfast.io.files import remove_partial
+from xtalfast.io.images import fill_template
 
 __all__ = ["IntegrateOptions", "IntegrationResult", "Prepared", "integrate", "open_prepared", "prepare"]
 
@@ -357,11 +358,8 @@ def _has_images(experiments: ExperimentList) -> bool:
         names = block.get("images") or ([block["template"]] if block.get("template") else [])
         if not names:
             return False
-        name = names[0]
-        if "#" in Path(name).name and experiment.scan is not None:
-            digits = Path(name).name.count("#")
-            name = name.replace("#" * digits, f"{experiment.scan.image_range[0]:0{digits}d}")
-        if not Path(name).is_file():
+        first = names[0] if experiment.scan is None else fill_template(names[0], experiment.scan.image_range[0])
+        if not Path(first).is_file():
             return False
     return True
 

@@ -102,6 +102,16 @@ def _read_with_fabio(path: str | os.PathLike, frame: int) -> NDArray[np.int32]:
     return pixels_from_counts(values, str(path), mask_all_ones=False)
 
 
+def fill_template(template: str, number: int) -> str:
+    """Name of image `number`, which fills the last run of hashes in the file name, as in DIALS; none: the template."""
+    name = Path(template).name
+    hashes = re.findall("#+", name)
+    if not hashes:
+        return template
+    stem, _, tail = name.rpartition(hashes[-1])
+    return str(Path(template).parent / f"{stem}{number:0{len(hashes[-1])}d}{tail}")
+
+
 def _sources(experiment: Experiment, image_dir: str | os.PathLike | None) -> list[tuple[Path, int | None]]:
     """File and frame (None: a file of one image) of each image of the scan, or of each still."""
     block = experiment.imageset or {}
@@ -131,17 +141,13 @@ def _sources(experiment: Experiment, image_dir: str | os.PathLike | None) -> lis
     if scan is None:
         raise InputError(f"image template {template} needs a scan that says which images; import them again")
     first, last = scan.image_range
-    hashes = re.findall("#+", Path(template).name)
-    if not hashes:  # one file with all images
+    if "#" not in Path(template).name:  # one file with all images
         if frames and len(frames) != scan.n_images:
             raise InputError(
                 f"{template}: wanted {scan.n_images} images of the scan, got {len(frames)} in the imageset"
             )
         return [(locate(template), frame) for frame in frames or range(first - 1, last)]
-    # The number fills the last run of hashes, as in DIALS.
-    stem, _, tail = Path(template).name.rpartition(hashes[-1])
-    names = [f"{stem}{number:0{len(hashes[-1])}d}{tail}" for number in range(first, last + 1)]
-    return [(locate(str(Path(template).parent / name)), None) for name in names]
+    return [(locate(fill_template(template, number)), None) for number in range(first, last + 1)]
 
 
 class ImageReader:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -124,12 +125,15 @@ def load_truth(path: str | os.PathLike, n_rows: int) -> dict[str, NDArray]:
     return truth
 
 
-def compare_channels(table: ReflectionTable, path: str | os.PathLike) -> dict[str, TruthComparison]:
-    """Each intensity channel of a table against the true photons, for reflections that were fully recorded."""
+def compare_channels(
+    table: ReflectionTable, path: str | os.PathLike, channels: Sequence[str] = ("prf", "sum", "vi")
+) -> dict[str, TruthComparison]:
+    """Intensity channels of a table against the true photons, for reflections that were fully recorded."""
     truth = load_truth(path, len(table))
     whole = truth["fraction_recorded"] > 0.99
     found = {}
-    for channel, flag in (("prf", Flag.IntegratedPrf), ("sum", Flag.IntegratedSum), ("vi", Flag.IntegratedPrf)):
+    for channel in channels:
+        flag = Flag.IntegratedSum if channel == "sum" else Flag.IntegratedPrf
         if f"intensity.{channel}.value" in table:
             rows = whole & table.has_flags(Flag.Integrated) & table.has_flags(flag)
             found[channel] = compare_with_truth(
