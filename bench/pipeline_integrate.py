@@ -27,7 +27,7 @@ from xtalfast.integration.splits import held_out
 from xtalfast.io import Flag, ReflectionTable, read_expt, read_refl, write_refl
 from xtalfast.metrics import MergingStatistics, stats_for_file
 from xtalfast.metrics.equivalents import canonical_index
-from xtalfast.metrics.truth import TruthComparison, compare_with_truth, load_truth
+from xtalfast.metrics.truth import TruthComparison, compare_channels, compare_with_truth, load_truth
 
 logger = logging.getLogger("results")
 
@@ -173,19 +173,13 @@ def simulated_section(work: Path, epochs: int | None) -> str:
     rows, zeros = [], []
     for run_ in runs:
         channels = ("prf", "q", "vi") if run_.combination != COMBINATIONS[-1] else ("prf", "q", "vi", "sum")
-        for channel in channels:
-            t = run_.result.table
-            flag = Flag.IntegratedSum if channel == "sum" else Flag.IntegratedPrf
-            use = whole & t.has_flags(Flag.Integrated) & t.has_flags(flag)
-            c = compare_with_truth(
-                t[f"intensity.{channel}.value"][use],
-                t[f"intensity.{channel}.variance"][use],
-                truth["photons"][use],
-                scale=1.0,
-            )
+        t = run_.result.table
+        for channel, c in compare_channels(t, simulated.truth, channels).items():
             name = "our summation" if channel == "sum" else f"{run_.combination.upper()}, {CHANNEL_NAMES[channel]}"
             rows.append(truth_rows(name, c))
-            largest = np.abs(t[f"intensity.{channel}.value"][use][truth["photons"][use] == 0]).max()
+            flag = Flag.IntegratedSum if channel == "sum" else Flag.IntegratedPrf
+            nothing = whole & t.has_flags(flag) & (truth["photons"] == 0)
+            largest = np.abs(t[f"intensity.{channel}.value"][nothing]).max()
             zeros.append((name, f"{c.mean_at_zero:.2f} ± {c.error_at_zero:.2f}", f"{largest:.1f}"))
     return (
         "\n## Simulated wedge, true photons known (the paper's Fig. 5)\n\n"
