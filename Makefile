@@ -40,8 +40,8 @@ test: setup  ## the whole test-suite
 bench: setup  ## speed ratios against in-run baselines, compared with bench/baseline.json
 	OMP_NUM_THREADS=1 $(BIN)/pytest bench --benchmark-sort=name --benchmark-columns=min,median,rounds $(PYTEST_ARGS)
 
-results: setup  ## docs/results.md from the shared data (DATA=...), DIALS beside us
-	$(BIN)/python bench/results.py --data $(DATA)
+results: setup  ## docs/results.md from the shared data (DATA=...), DIALS beside us; ONLY="NAME ..." for some sections
+	$(BIN)/python bench/results.py --data $(DATA) $(if $(ONLY),--only $(ONLY))
 
 lint: setup  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

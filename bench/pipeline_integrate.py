@@ -31,7 +31,6 @@ from xtalfast.metrics.truth import TruthComparison, compare_channels, compare_wi
 
 logger = logging.getLogger("results")
 
-DATA_SETS = ("nanobragg-dev", "thaumatin-stills", "dials-real")
 COMBINATIONS = ("fc/mvn", "cnn/mvn", "cnn/softmax", "cnn/dials", "cnn/lowrank")
 CHANNEL_NAMES = {"prf": "profile fit", "sum": "summation", "vi": "posterior mean", "q": "network q(I)"}
 
@@ -46,18 +45,6 @@ class Run:
     seconds: float
 
 
-def run(data: Path, work: Path, epochs: int | None) -> list[str]:
-    """All sections of the page, as Markdown."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    return [
-        formats_section(data, work),
-        simulated_section(work / "simulated", epochs),
-        nanobragg_section(data / "nanobragg-dev", work / "nanobragg", epochs),
-        stills_section(data / "thaumatin-stills", work / "stills", epochs),
-        shoebox_section(data / "dials-real" / "quartz", work / "quartz", epochs),
-    ]
-
-
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -66,13 +53,13 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def run_combinations(
-    expt: Path, refl: Path, work: Path, epochs: int | None, *, preset: str = "default", d_min: float | None = None
+    expt: Path, refl: Path, work: Path, *, preset: str = "default", d_min: float | None = None
 ) -> list[Run]:
     """Every combination of the paper and low-rank on one extraction, with held-out scores."""
     runs = []
     for combination in COMBINATIONS:
         encoder, profile = combination.split("/")
-        options = IntegrateOptions(preset=preset, encoder=encoder, profile=profile, epochs=epochs, d_min=d_min)
+        options = IntegrateOptions(preset=preset, encoder=encoder, profile=profile, d_min=d_min)
         start = time.perf_counter()
         result = integrate(expt, refl, work, options)
         seconds = time.perf_counter() - start
@@ -164,10 +151,10 @@ def formats_section(data: Path, work: Path) -> str:
     )
 
 
-def simulated_section(work: Path, epochs: int | None) -> str:
+def simulated_section(data: Path, work: Path) -> str:
     """Figure 5 of the paper on the demonstration wedge."""
     simulated = simulate(work / "data", SimulationConfig.demo())
-    runs = run_combinations(simulated.expt, simulated.refl, work / "runs", epochs)
+    runs = run_combinations(simulated.expt, simulated.refl, work / "runs")
     truth = load_truth(simulated.truth, len(read_refl(simulated.refl)))
     whole = truth["fraction_recorded"] > 0.99
     rows, zeros = [], []
@@ -274,10 +261,11 @@ def statistics_row(name: str, s: MergingStatistics) -> tuple[str, ...]:
     return tuple(map(str, row))
 
 
-def nanobragg_section(directory: Path, work: Path, epochs: int | None) -> str:
+def nanobragg_section(data: Path, work: Path) -> str:
     """The independent simulator's wedge: ours and DIALS' own integration, unmerged and through dials.scale."""
+    directory = data / "nanobragg-dev"
     expt, refl = directory / "integrated.expt", directory / "integrated.refl"
-    runs = run_combinations(expt, refl, work, epochs, d_min=1.7)
+    runs = run_combinations(expt, refl, work, d_min=1.7)
     theirs = read_refl(refl)
     truth = nanobragg_truth(directory, theirs)
     rows, merged, statistics = [], [], []
@@ -348,11 +336,10 @@ def adjacent_image_agreement(
     return float(cc), float(cc_weak), float(pull)
 
 
-def stills_section(directory: Path, work: Path, epochs: int | None) -> str:
+def stills_section(data: Path, work: Path) -> str:
     """Six real PILATUS stills: the same reflections measured on every image."""
-    result = integrate(
-        directory / "integrated.expt", directory / "integrated.refl", work, IntegrateOptions(epochs=epochs)
-    )
+    directory = data / "thaumatin-stills"
+    result = integrate(directory / "integrated.expt", directory / "integrated.refl", work, IntegrateOptions())
     theirs = read_refl(directory / "integrated.refl")
     ours = result.table
     use = ours.has_flags(Flag.IntegratedPrf) & ours.has_flags(Flag.IntegratedSum) & theirs.has_flags(Flag.IntegratedSum)
@@ -376,9 +363,10 @@ def stills_section(directory: Path, work: Path, epochs: int | None) -> str:
     )
 
 
-def shoebox_section(directory: Path, work: Path, epochs: int | None) -> str:
+def shoebox_section(data: Path, work: Path) -> str:
     """Real shoeboxes of spot finding without images."""
-    result = integrate(directory / "imported.expt", directory / "strong.refl", work, IntegrateOptions(epochs=epochs))
+    directory = data / "dials-real" / "quartz"
+    result = integrate(directory / "imported.expt", directory / "strong.refl", work, IntegrateOptions())
     theirs, ours = read_refl(directory / "strong.refl"), result.table
     good = ours.has_flags(Flag.IntegratedPrf)
     summed = theirs["intensity.sum.value"]
