@@ -136,8 +136,8 @@ def rename(table: ReflectionTable) -> None:
 
 
 TABLES: dict[str, tuple[Callable[[ReflectionTable], ReflectionTable | None], str]] = {
-    "no miller_index": (drop("miller_index"), "no column 'miller_index'; present: id, panel, .*dials.predict"),
-    "no xyzcal.px": (drop("xyzcal.px"), "no column 'xyzcal.px'; present: miller_index, .*dials.predict"),
+    "no miller_index": (drop("miller_index"), "no column 'miller_index'; present: id, panel, .*xtalfast predict"),
+    "no xyzcal.px": (drop("xyzcal.px"), "no column 'xyzcal.px'; present: miller_index, .*xtalfast predict"),
     "empty": (lambda table: table.select(np.zeros(0, np.int64)), "the table is empty; predict reflections first"),
     "all NaN": (put("xyzcal.px", [np.nan] * 3), r"none .* can be integrated \(249 with a position that is not finite"),
     "out of the scan": (shift, r"none of the 249 .* \(249 outside the scan"),

@@ -175,6 +175,8 @@ class Crystal:
     A: Array  # [3, 3], 1/A: rows x, y, z; columns a*, b*, c*
     hall_symbol: str = " P 1"
     A_at_scan_points: Array | None = None  # [n_images + 1, 3, 3]
+    half_mosaicity_deg: float | None = None  # of a still, as fitted by dials.stills_process
+    domain_size_a: float | None = None  # likewise: size of a mosaic block, A
 
     @classmethod
     def from_cell(cls, cell: gemmi.UnitCell, U: Array | None = None, hall_symbol: str = " P 1") -> Crystal:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import xtalfast
+from xtalfast.cli import main
 from xtalfast.errors import InputError
 from xtalfast.integration.integrate import IntegrateOptions, open_prepared, prepare
 from xtalfast.integration.store import ShoeboxStore
@@ -39,6 +40,19 @@ def test_call_equals_the_command_line(tiny_run, tmp_path):
         f"{result.table.has_flags(Flag.IntegratedSum).sum()} summed, "
         f"{(~result.table.has_flags(Flag.Integrated)).sum()} not integrated"
     )
+
+
+def test_without_reflections_those_of_the_models_are_integrated(tiny_run, tmp_path):
+    result = xtalfast.integrate(tiny_run.data.expt, None, tmp_path, epochs=1, d_min=3.0)
+    given = read_refl(tiny_run.data.refl)
+    wanted = {tuple(h) for h in given["miller_index"][given["d"] >= 3.0].tolist()}
+    found = {tuple(h) for h in result.table["miller_index"].tolist()}
+    assert wanted <= found and result.table["d"].min() >= 3.0  # and those too near to the rotation axis, and absences
+    strong = result.table.has_flags(Flag.IntegratedPrf)
+    assert strong.mean() > 0.5
+    prefix = ["integrate", str(tiny_run.data.expt)]
+    assert main([*prefix, "-o", str(tmp_path / "cli"), "--d-min", "3", "--epochs", "1", "--quiet"]) == 0
+    assert (tmp_path / "cli" / "integrated.refl").read_bytes() == (tmp_path / "integrated.refl").read_bytes()
 
 
 def test_rows_identifiers_and_models_are_kept(tiny_run):

@@ -17,6 +17,7 @@ from xtalfast.cli import (
     modify,
     patterson,
     phase_error,
+    predict,
     sfcalc,
     simulate,
     solve,
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 app.command()(demo.demo)
 app.command()(simulate.simulate)
+app.command()(predict.predict)
 app.command()(integrate.integrate)
 app.command()(extract.extract)
 app.command()(stats.stats)
@@ -66,7 +68,7 @@ def _root(
 
     Start with `xtalfast demo`. On your own data, after indexing and refinement with DIALS:
 
-    `xtalfast integrate refined.expt predicted.refl -o integrated`
+    `xtalfast integrate refined.expt -o integrated`
     """
 
 

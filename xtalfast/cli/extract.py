@@ -13,8 +13,15 @@ from xtalfast.cli.integrate import make_output, parse_box
 
 def extract(
     models: Annotated[Path, typer.Argument(metavar="MODELS.expt", help="Refined DIALS models.")],
-    reflections: Annotated[Path, typer.Argument(metavar="REFLECTIONS.refl", help="Predicted reflections.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="The run directory, made if needed.")],
+    reflections: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[REFLECTIONS.refl]",
+            help="Predicted reflections. Left out: all that the models predict.",
+            show_default=False,
+        ),
+    ] = None,
     box: Annotated[str | None, typer.Option(metavar="Z,Y,X", help="Shoebox. [3,21,21; stills 1,21,21]")] = None,
     d_min: Annotated[float | None, typer.Option(metavar="A", help="Leave out what lies beyond.")] = None,
     image_dir: ImageDirOption = None,

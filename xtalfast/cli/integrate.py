@@ -47,14 +47,16 @@ def make_output(directory: Path) -> Path:
 
 def integrate(
     models: Annotated[Path, typer.Argument(metavar="MODELS.expt", help="Refined DIALS models.")],
-    reflections: Annotated[
-        Path,
-        typer.Argument(
-            metavar="REFLECTIONS.refl",
-            help="Any table with miller_index and xyzcal.px: dials.predict output, refined, indexed or integrated.",
-        ),
-    ],
     output: OutputOption,
+    reflections: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[REFLECTIONS.refl]",
+            help="Any table with miller_index and xyzcal.px: predicted, refined, indexed or integrated. "
+            "Left out: every reflection that the models predict.",
+            show_default=False,
+        ),
+    ] = None,
     preset: Annotated[
         str, typer.Option(metavar="NAME", help="`default`, `paper` (Table 1 of the paper) or a .toml file.")
     ] = "default",
@@ -79,7 +81,9 @@ def integrate(
             help="What intensity.prf.* holds: the likelihood-only estimate (for scaling) or E_q[I] as in the paper.",
         ),
     ] = "likelihood",
-    d_min: Annotated[float | None, typer.Option(metavar="A", help="Do not integrate beyond this resolution.")] = None,
+    d_min: Annotated[
+        float | None, typer.Option(metavar="A", help="Do not integrate beyond this resolution. [detector corners]")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(metavar="N", help="Passes over the reflections. [preset]")] = None,
     image_dir: ImageDirOption = None,
     verify: Annotated[bool, typer.Option("--verify", help="Check the MD5 sum of every CBF image.")] = False,
@@ -95,7 +99,7 @@ def integrate(
 ) -> None:
     """Integrate diffraction images: shoeboxes, spot profiles, a trained network, intensities with uncertainties.
 
-    Example: `xtalfast integrate refined.expt predicted.refl -o integrated`, then
+    Example: `xtalfast integrate refined.expt -o integrated --d-min 1.8`, then
     `dials.scale integrated/integrated.refl integrated/integrated.expt`
 
     Writes into DIR: `integrated.refl` (rows in the order of the input), `integrated.expt`, `unmerged.mtz`,

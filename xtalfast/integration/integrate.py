@@ -28,6 +28,7 @@ from xtalfast.integration.estimate import Estimates, estimate
 from xtalfast.integration.gaussian_rs import ReferenceProfiles
 from xtalfast.integration.model import IntegrationModel, NetworkProfiles
 from xtalfast.integration.outputs import RunResults, fill_table, write_outputs
+from xtalfast.integration.predict import predict_experiments
 from xtalfast.integration.shoeboxes import ShoeboxStore, extract_store, store_from_shoebox_column
 from xtalfast.integration.store import NO_SPOT, Reason
 from xtalfast.io import ExperimentList, ReflectionTable, ShoeboxColumn, read_expt, read_refl, write_expt
@@ -125,7 +126,7 @@ class IntegrationResult:
 
 def integrate(
     experiments: str | os.PathLike | ExperimentList,
-    reflections: str | os.PathLike | ReflectionTable,
+    reflections: str | os.PathLike | ReflectionTable | None,
     out_dir: str | os.PathLike,
     options: IntegrateOptions | None = None,
     *,
@@ -136,7 +137,8 @@ def integrate(
 
     Args:
         experiments: refined DIALS models, a `.expt` file or what `read_expt` returns.
-        reflections: a `.refl` file or table with miller_index and xyzcal.px (or with a shoebox column).
+        reflections: a `.refl` file or table with miller_index and xyzcal.px (or with a shoebox column); None predicts
+            all reflections of the models to `d_min`, or to the corners of the detector.
         out_dir: where everything is written; an interrupted run there is taken up again.
         options: what to do; or give its fields as keywords: `integrate(expt, refl, "out", encoder="fc")`.
         progress: called as progress(stage, done, total).
@@ -148,7 +150,7 @@ def integrate(
         InputError: anything wrong with the input; nothing that was there before is lost.
 
     Example:
-        >>> result = xtalfast.integrate("refined.expt", "predicted.refl", "integrated")  # doctest: +SKIP
+        >>> result = xtalfast.integrate("refined.expt", None, "integrated", d_min=1.8)  # doctest: +SKIP
         >>> result.table["intensity.prf.value"]  # doctest: +SKIP
     """
     options = IntegrateOptions(**changes) if options is None else options
@@ -195,7 +197,7 @@ def integrate(
 
 def prepare(
     experiments: str | os.PathLike | ExperimentList,
-    reflections: str | os.PathLike | ReflectionTable,
+    reflections: str | os.PathLike | ReflectionTable | None,
     directory: str | os.PathLike,
     options: IntegrateOptions | None = None,
     *,
@@ -234,7 +236,7 @@ def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
 
 def _read(
     experiments: str | os.PathLike | ExperimentList,
-    reflections: str | os.PathLike | ReflectionTable,
+    reflections: str | os.PathLike | ReflectionTable | None,
     options: IntegrateOptions,
 ) -> tuple[ReflectionTable, ExperimentList, dict[str, str]]:
     """Table with all derived columns, models, and where both came from."""
@@ -242,11 +244,15 @@ def _read(
     if not isinstance(experiments, ExperimentList):
         source["experiments"] = str(experiments)
         experiments = read_expt(experiments, options.image_dir)
-    if not isinstance(reflections, ReflectionTable):
+    if reflections is None:
+        source["reflections"] = "predicted"
+        reflections = predict_experiments(experiments, options.d_min)
+        logger.info("predicted %d reflections to %.2f A", len(reflections), float(np.min(reflections["d"])))
+    elif not isinstance(reflections, ReflectionTable):
         source["reflections"] = str(reflections)
         reflections = read_refl(reflections)
     if len(reflections) == 0:
-        raise InputError(f"{source['reflections']}: the table is empty; predict reflections first (dials.predict)")
+        raise InputError(f"{source['reflections']}: the table is empty; predict reflections first (xtalfast predict)")
     table = reflections.copy()
     _check_identifiers(table, experiments, source)
     if "xyzcal.px" not in table and "shoebox" in table:
@@ -261,7 +267,7 @@ def _read(
     if missing:
         raise InputError(
             f"{source['reflections']}: no column {', '.join(map(repr, missing))}; present: {', '.join(table)}; "
-            "make the table with dials.predict, or give the indexed or refined one"
+            "make the table with xtalfast predict, or give the indexed or refined one"
         )
     add_derived_columns(table, experiments)
     return table, experiments, source

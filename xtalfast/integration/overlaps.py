@@ -33,13 +33,11 @@ class PanelSpots:
 def index_from_lab(experiment: Experiment, z: NDArray) -> Array:
     """Matrices [N, 3, 3] from a scattering vector in the laboratory (1/A) at z [N] (images) to fractional indices."""
     assert experiment.crystal is not None
-    if experiment.scan is None:
-        rotation = np.eye(3) if experiment.goniometer is None else experiment.goniometer.rotation(0.0)
-        setting = np.broadcast_to(rotation @ experiment.crystal.A, (len(z), 3, 3))
+    if experiment.is_still or experiment.scan is None or experiment.goniometer is None:
+        setting = np.broadcast_to(experiment.crystal.A, (len(z), 3, 3))
     else:
         setting = np.array(experiment.crystal.A_at(z, experiment.scan))
-        if experiment.goniometer is not None:
-            setting = experiment.goniometer.rotation(experiment.scan.phi_from_z(z)) @ setting
+        setting = experiment.goniometer.rotation(experiment.scan.phi_from_z(z)) @ setting
     return np.linalg.inv(setting).astype(float)
 
 

@@ -1,11 +1,15 @@
-"""Where and when each reflection diffracts: spot positions of a rotation experiment, scan-static or scan-varying.
+"""Where and when each reflection diffracts: spots of rotations, scan-static or scan-varying, and of stills.
 
 A reflection with reciprocal vector q0 at phi = 0 diffracts at the angles phi at which s1 = s0 + R(phi) q0 has the
 length of s0. Written in the frame of the rotation axis this is a cos(phi) + b sin(phi) = c, solved in closed form for
 all Miller indices at once; a scan-varying crystal is the same equation with the setting matrix of the solution's own
 image, solved by iteration. The spot is where the ray s1 meets a panel.
 
-Ref: W. Kabsch, Acta Cryst. D66, 133-144 (2010), section 2.2; D. G. Waterman et al., Acta Cryst. D72, 558-575 (2016).
+A still records the reciprocal-lattice points that lie near enough to the Ewald sphere for their width: s1 is that of
+the point turned onto the sphere along the shortest path, by an angle delpsi.
+
+Ref: W. Kabsch, Acta Cryst. D66, 133-144 (2010), section 2.2; D. G. Waterman et al., Acta Cryst. D72, 558-575 (2016);
+N. K. Sauter et al., Acta Cryst. D70, 3299-3309 (2014), for stills.
 """
 
 from __future__ import annotations
@@ -26,6 +30,8 @@ _SCAN_VARYING_REACH = np.radians(3.0)
 # Each iteration gains the crystal's turn per radian of scan, divided by zeta: six do for nearly all spots.
 _SCAN_VARYING_ITERATIONS = 50
 _SCAN_VARYING_PRECISION = 1e-11  # rad
+# A still without fitted mosaicity records what lies this near to the Ewald sphere, as in DIALS.
+_DEFAULT_DELPSI = 0.0015  # rad
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class Predictions:
     xyz_mm: Array  # [N, 3] mm, mm, rad
     entering: NDArray[np.bool_]  # [N] True when the reflection moves into the Ewald sphere
     d: Array  # [N] A
+    delpsi: Array  # [N] rad: turn that brings a still's point onto the Ewald sphere; 0 for a rotation
 
     def __len__(self) -> int:
         return len(self.hkl)
@@ -85,11 +92,32 @@ def crystal_model(experiment: Experiment) -> Crystal:
     return experiment.crystal
 
 
-def miller_indices(crystal: Crystal, d_min: float) -> NDArray[np.int32]:
-    """All Miller indices [N, 3] to `d_min` (A) over the whole sphere, without systematic absences."""
+def detector_d_min(experiment: Experiment) -> float:
+    """The best resolution (A) that a corner of any panel records."""
+    d_min = np.inf
+    for panel in experiment.detector:
+        corners = np.array([[0, 0], [1, 0], [0, 1], [1, 1]]) * np.asarray(panel.image_size, float)
+        ray = panel.lab_from_px(corners)
+        s1 = ray / np.linalg.norm(ray, axis=1, keepdims=True) / experiment.beam.wavelength
+        d_min = min(d_min, 1 / np.linalg.norm(s1 - experiment.beam.s0, axis=1).max())
+    return float(d_min)
+
+
+def miller_indices(crystal: Crystal, d_min: float, *, screw_absences: bool = False) -> NDArray[np.int32]:
+    """All Miller indices [N, 3] to `d_min` (A) over the whole sphere, without systematic absences.
+
+    Args:
+        screw_absences: keep those that only a screw axis or glide plane extinguishes, as DIALS does: they are no
+            spots, but they are measured, and show whether the symmetry is right and the intensities are unbiased.
+    """
     if not d_min > 0:
         raise InputError(f"d_min must be a positive resolution in A, got {d_min}")
-    return np.asarray(gemmi.make_miller_array(crystal.cell, crystal.space_group, d_min, 0.0, False), np.int32)
+    operations = crystal.operations
+    if screw_absences:
+        centring, operations = operations.cen_ops, gemmi.GroupOps([gemmi.Op()])
+        operations.cen_ops = centring
+    hkl = np.asarray(gemmi.make_miller_array(crystal.cell, gemmi.SpaceGroup("P 1"), d_min, 0.0, False), np.int32)
+    return hkl[~operations.systematic_absences(hkl)]
 
 
 def diffraction_angles(q0: Array, beam: Beam, goniometer: Goniometer) -> Array:
@@ -115,25 +143,57 @@ def diffraction_angles(q0: Array, beam: Beam, goniometer: Goniometer) -> Array:
     return np.stack([middle - half, middle + half], axis=-1)
 
 
-def predict(experiment: Experiment, d_min: float, *, padding: float = 0.0) -> Predictions:
-    """Spots of every reflection to `d_min` that diffracts onto the detector during the scan.
+def predict(
+    experiment: Experiment, d_min: float | None = None, *, padding: float = 0.0, screw_absences: bool = False
+) -> Predictions:
+    """Spots of every reflection to `d_min` that diffracts onto the detector during the scan, or in a still.
 
     Args:
-        experiment: beam, detector, goniometer, scan and crystal; scan-varying when the crystal has scan points.
-        d_min: resolution limit, A.
+        experiment: beam, detector, crystal and, for a rotation, goniometer and scan; scan-varying when the crystal has
+            scan points.
+        d_min: resolution limit, A; None: what the corners of the detector record.
         padding: also keep spots whose centre lies up to this many images outside the scan.
+        screw_absences: keep reflections that only a screw axis or glide plane extinguishes; see `miller_indices`.
 
     Returns:
         The spots in the order of their Miller indices.
 
     Raises:
-        InputError: a still, or an experiment without crystal, goniometer or scan.
+        InputError: no crystal, or a d_min that is not positive.
     """
-    return predict_hkl(experiment, miller_indices(crystal_model(experiment), d_min), padding=padding)
+    if d_min is None:
+        d_min = detector_d_min(experiment)
+    hkl = miller_indices(crystal_model(experiment), d_min, screw_absences=screw_absences)
+    return predict_hkl(experiment, hkl, padding=padding)
+
+
+def predict_experiments(experiments: Sequence[Experiment], d_min: float | None = None) -> ReflectionTable:
+    """Spots of all experiments as one table, like `dials.predict`: `xtalfast integrate` without a reflection file.
+
+    Args:
+        experiments: rotations or stills; every one with a crystal.
+        d_min: resolution limit, A; None: what the corners of each detector record.
+
+    Raises:
+        InputError: an experiment without a crystal, or not a single spot.
+    """
+    tables = []
+    for number, experiment in enumerate(experiments):
+        spots = predict(experiment, d_min, screw_absences=True)
+        table = spots.to_table(experiment.identifier, number)
+        if any(e.is_still for e in experiments):
+            table["delpsical.rad"] = spots.delpsi
+        tables.append(table)
+    table = ReflectionTable.concat(tables) if tables else ReflectionTable()
+    if not len(table):
+        raise InputError("no reflection of the models meets the detector; check cell, d_min and the refinement")
+    return table
 
 
 def predict_hkl(experiment: Experiment, hkl: NDArray, *, padding: float = 0.0) -> Predictions:
     """Spots of the given Miller indices [N, 3]; see `predict`."""
+    if experiment.is_still:
+        return _predict_still(experiment, np.asarray(hkl, np.int32))
     goniometer, scan = rotation_models(experiment)
     beam, crystal = experiment.beam, crystal_model(experiment)
     hkl = np.asarray(hkl, np.int32)
@@ -168,6 +228,48 @@ def predict_hkl(experiment: Experiment, hkl: NDArray, *, padding: float = 0.0) -
         xyz_mm=np.column_stack([xy_mm, phi])[hit],
         entering=(s1[hit] @ np.cross(goniometer.lab_axis, beam.s0)) > 0,
         d=1 / np.linalg.norm(q0[hit], axis=1),
+        delpsi=np.zeros(int(hit.sum())),
+    )
+
+
+def still_width(crystal: Crystal, d: Array) -> Array:
+    """How far (delpsi, rad) from the Ewald sphere a still records points of resolution d [N] (A), as in DIALS.
+
+    Half the angle that mosaicity and the size of the mosaic blocks spread a point over; a constant without these.
+    """
+    if crystal.half_mosaicity_deg is None or crystal.domain_size_a is None:
+        return np.full(len(d), _DEFAULT_DELPSI)
+    return d / crystal.domain_size_a + 0.5 * np.radians(crystal.half_mosaicity_deg)
+
+
+def _predict_still(experiment: Experiment, hkl: NDArray[np.int32]) -> Predictions:
+    """Reciprocal-lattice points near the Ewald sphere, turned onto it about the axis across the beam and themselves."""
+    beam, crystal = experiment.beam, crystal_model(experiment)
+    hkl = hkl[np.any(hkl != 0, axis=1)]
+    q = hkl @ crystal.A.T
+    square = np.sum(q * q, axis=1)
+    incident = beam.s0 * beam.wavelength
+    # On the sphere a point of this length has the component -|q|^2 lambda / 2 along the beam.
+    along, across = 0.5 * square * beam.wavelength, q - np.outer(q @ incident, incident)
+    on_sphere = along**2 < square
+    hkl, q, square, along, across = (v[on_sphere] for v in (hkl, q, square, along, across))
+    across *= (np.sqrt(square - along**2) / np.linalg.norm(across, axis=1))[:, None]
+    turned = across - np.outer(along, incident)
+    delpsi = np.arcsin(np.clip(-(q @ incident) / np.sqrt(square), -1, 1)) - np.arcsin(along / np.sqrt(square))
+    near = np.abs(delpsi) < still_width(crystal, 1 / np.sqrt(square))
+    s1 = beam.s0 + turned[near]
+    panel, xy_mm, xy_px = _on_detector(experiment, s1)
+    hit = panel >= 0
+    z = np.full(int(hit.sum()), 0.0 if experiment.scan is None else float(experiment.scan.array_range[0]))
+    return Predictions(
+        hkl=hkl[near][hit],
+        panel=panel[hit],
+        s1=s1[hit],
+        xyz_px=np.column_stack([xy_px[hit], z]),
+        xyz_mm=np.column_stack([xy_mm[hit], np.zeros(len(z))]),
+        entering=np.zeros(len(z), bool),
+        d=1 / np.sqrt(square[near][hit]),
+        delpsi=delpsi[near][hit],
     )
 
 

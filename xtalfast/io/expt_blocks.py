@@ -266,6 +266,8 @@ def read_crystal(block: Block, where: str) -> Crystal:
         A=np.linalg.inv(real).astype(np.float64),
         hall_symbol=block.get("space_group_hall_symbol", " P 1"),
         A_at_scan_points=scan_points,
+        half_mosaicity_deg=block.get("ML_half_mosaicity_deg"),
+        domain_size_a=block.get("ML_domain_size_ang"),
     )
 
 
@@ -281,4 +283,10 @@ def crystal_block(crystal: Crystal) -> Block:
     }
     if crystal.A_at_scan_points is not None:
         block["A_at_scan_points"] = crystal.A_at_scan_points.reshape(-1, 9).tolist()
+    for key, value in (
+        ("ML_half_mosaicity_deg", crystal.half_mosaicity_deg),
+        ("ML_domain_size_ang", crystal.domain_size_a),
+    ):
+        if value is not None:
+            block[key] = value
     return block
