@@ -14,6 +14,7 @@
 #include "patterson_map.hpp"
 #include "poisson_gamma_elbo.hpp"
 #include "profile_fit.hpp"
+#include "spot_voxels.hpp"
 #include "structure_factors.hpp"
 
 namespace py = pybind11;
@@ -63,6 +64,39 @@ xtalfast::HalfSpectra half_spectra(const py::dict &d) {
           d["volume_power"].cast<int>(),
           d["f000"].cast<bool>(),
           d["wide"].cast<bool>()};
+}
+
+// What the spot model knows of the boxes, of the Gaussians and of the densities, by name.
+xtalfast::SpotBoxes spot_boxes(const py::dict &d) {
+  const auto address = [&](const char *name) { return d[name].cast<std::uintptr_t>(); };
+  const auto size = [&](const char *name) { return d[name].cast<std::int64_t>(); };
+  return {size("n"),
+          size("n_z"),
+          size("n_y"),
+          size("n_x"),
+          pointer<std::int32_t>(address("bbox")),
+          pointer<double>(address("shift")),
+          pointer<double>(address("panels")),
+          pointer<std::int32_t>(address("panel")),
+          pointer<double>(address("axes"))};
+}
+
+xtalfast::WhitenedSpots whitened_spots(const py::dict &d) {
+  const auto address = [&](const char *name) { return d[name].cast<std::uintptr_t>(); };
+  return {pointer<float>(address("inverse")), pointer<float>(address("centre")), pointer<float>(address("steps")),
+          d["n_sub"].cast<std::int64_t>(), pointer<float>(address("scale"))};
+}
+
+xtalfast::SpotDensity spot_density(const py::dict &d) {
+  const auto address = [&](const char *name) { return d[name].cast<std::uintptr_t>(); };
+  const auto size = [&](const char *name) { return d[name].cast<std::int64_t>(); };
+  return {pointer<float>(address("density")),
+          pointer<float>(address("cell")),
+          pointer<float>(address("images")),
+          size("cells"),
+          size("n_k"),
+          size("nodes"),
+          d["extent"].cast<float>()};
 }
 
 } // namespace
@@ -146,6 +180,43 @@ PYBIND11_MODULE(_C, m) {
       py::arg("mask"), py::arg("index_from_lab"), py::arg("z_begin"), py::arg("n_z"), py::arg("panel"), py::arg("s0"),
       py::arg("wavelength"), py::arg("rotation"), py::arg("translation"), py::arg("n_ops"), py::arg("denominator"),
       py::arg("bit"), py::arg("n_threads"), py::call_guard<py::gil_scoped_release>());
+
+  m.def("spot_directions", [](const py::dict &boxes, std::uintptr_t epsilon, int n_threads) {
+    const xtalfast::SpotBoxes b = spot_boxes(boxes);
+    const py::gil_scoped_release release;
+    xtalfast::spot_directions(b, pointer<float>(epsilon), n_threads);
+  });
+  m.def("spot_foreground",
+        [](const py::dict &boxes, double scale, std::uintptr_t rotation, std::uintptr_t inside, int n_threads) {
+          const xtalfast::SpotBoxes b = spot_boxes(boxes);
+          const py::gil_scoped_release release;
+          xtalfast::spot_foreground(b, scale, pointer<float>(rotation), pointer<std::uint8_t>(inside), n_threads);
+        });
+  m.def("gaussian_voxels", [](const py::dict &boxes, const py::dict &spots, std::uintptr_t share, int n_threads) {
+    const xtalfast::SpotBoxes b = spot_boxes(boxes);
+    const xtalfast::WhitenedSpots s = whitened_spots(spots);
+    const py::gil_scoped_release release;
+    xtalfast::gaussian_voxels(b, s, pointer<float>(share), n_threads);
+  });
+  m.def("density_voxels",
+        [](const py::dict &boxes, const py::dict &spots, const py::dict &density, std::uintptr_t share, int n_threads) {
+          const xtalfast::SpotBoxes b = spot_boxes(boxes);
+          const xtalfast::WhitenedSpots s = whitened_spots(spots);
+          const xtalfast::SpotDensity d = spot_density(density);
+          const py::gil_scoped_release release;
+          xtalfast::density_voxels(b, s, d, pointer<float>(share), n_threads);
+        });
+  m.def("density_voxels_backward",
+        [](const py::dict &boxes, const py::dict &spots, const py::dict &density, std::uintptr_t factor_0,
+           std::uintptr_t factor_1, std::uintptr_t sum_0, std::uintptr_t sum_1) {
+          const xtalfast::SpotBoxes b = spot_boxes(boxes);
+          const xtalfast::WhitenedSpots s = whitened_spots(spots);
+          const xtalfast::SpotDensity d = spot_density(density);
+          const float *const factors[2] = {pointer<float>(factor_0), pointer<float>(factor_1)};
+          double *const sums[2] = {pointer<double>(sum_0), pointer<double>(sum_1)};
+          const py::gil_scoped_release release;
+          xtalfast::density_voxels_backward(b, s, d, factors, sums);
+        });
 
   m.def("find_impossible_cell", [](std::uintptr_t cells, std::int64_t n) {
     return xtalfast::find_impossible_cell(pointer<const double>(cells), n);

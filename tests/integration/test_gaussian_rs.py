@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from xtalfast.errors import InputError
-from xtalfast.integration import gaussian_rs
 from xtalfast.integration.gaussian_rs import CellGrid, ReferenceProfiles, SpotShape, SpotWidths, select_strong
+from xtalfast.integration.spot_shape import fit_widths, spot_geometry
 from xtalfast.models import Goniometer
 
 TRUE = SpotShape((0.8, 0.15, 0.5), float(np.radians(0.15)), 3e-4)
@@ -50,7 +50,7 @@ def test_spots_move_from_image_to_image(traced) -> None:
     """The tenth of the spots with the largest shear needs it: without it the deviance is no longer that of noise."""
     wide = replace(TRUE, mosaicity=float(np.radians(0.4)))
     store = traced(200, intensity=2000.0, background=0.0, mosaicity=wide.mosaicity, box=(5, 15, 15))
-    shear = gaussian_rs._geometry(store, [store.experiment], np.arange(store.n)).shear.abs().numpy()
+    shear = spot_geometry(store, [store.experiment], np.arange(store.n)).shear.abs().numpy()
     store = store.select(np.argsort(-shear)[:20])
     profiles = gaussian(store, wide)
     without = WithoutShear(store, [store.experiment], WIDTHS, wide, profiles.cells)
@@ -91,9 +91,9 @@ def test_the_shape_is_recovered_from_the_spots(traced) -> None:
 def test_widths_are_the_moments_of_the_spots(traced) -> None:
     """sigma_b from the true second moments; sigma_m from a crystal whose rocking width is the mosaicity alone."""
     store = traced(200, intensity=2000.0, background=0.2, lattice=1e-6, box=(5, 15, 15))
-    widths = gaussian_rs.fit_widths(store, [store.experiment], select_strong(store))
+    widths = fit_widths(store, [store.experiment], select_strong(store))
     assert widths.sigma_m == pytest.approx(TRUE.mosaicity, rel=0.05)
-    geometry = gaussian_rs._geometry(store, [store.experiment], np.arange(store.n))
+    geometry = spot_geometry(store, [store.experiment], np.arange(store.n))
     psf = torch.tensor([[0.8, 0.15], [0.15, 0.5]]) + torch.eye(2) / 12
     spread = geometry.jacobian @ psf @ geometry.jacobian.mT
     square = torch.diagonal(spread, dim1=1, dim2=2).sum(dim=1) + (TRUE.mosaicity * geometry.two_sin_theta) ** 2

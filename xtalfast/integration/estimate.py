@@ -27,14 +27,10 @@ from torch import Tensor
 
 from xtalfast.errors import InputError
 from xtalfast.integration.background import robust_background
-from xtalfast.integration.gaussian_rs import (
-    ReferenceProfiles,
-    SpotWidths,
-    images_in_scan,
-    rotation_edges,
-)
-from xtalfast.integration.kabsch import box_edges, direction_coordinates
+from xtalfast.integration.gaussian_rs import ReferenceProfiles
 from xtalfast.integration.priors import BackgroundPrior, Priors, WilsonPrior, centric_and_epsilon, space_groups
+from xtalfast.integration.spot_shape import SpotWidths, images_in_scan, rotation_edges
+from xtalfast.integration.spot_voxels import SpotPixels
 from xtalfast.io import Flag
 from xtalfast.masks import BACKGROUND, FOREGROUND, used_pixels
 from xtalfast.models import Array, Experiment
@@ -91,24 +87,16 @@ def foreground(
     Returns:
         bool [B, P].
     """
-    n_z, n_y, n_x = store.box
-    metadata = {name: np.asarray(store.metadata[name][rows]) for name in ("id", "panel", "s1", "xyzcal_px", "bbox")}
-    near = np.empty((len(rows), n_y, n_x), np.float32)
-    for number in np.unique(metadata["id"]):
-        at = np.flatnonzero(metadata["id"] == number)
-        x, y, _ = box_edges(metadata["bbox"][at])
-        s1 = metadata["s1"][at].astype(float)
-        corners = direction_coordinates(experiments[int(number)], metadata["panel"][at], s1, x, y)
-        square = np.square(corners).sum(axis=-1)
-        square = np.minimum(square[:, 1:], square[:, :-1])
-        near[at] = np.minimum(square[:, :, 1:], square[:, :, :-1])
-    inside = near[:, None] / (widths.n_sigma * widths.sigma_b) ** 2
+    metadata = {name: np.asarray(store.metadata[name][rows]) for name in ("id", "panel", "xyzcal_px", "bbox")}
+    xyz = metadata["xyzcal_px"].astype(float)
+    pixels, _ = SpotPixels.of_rows(experiments, metadata["id"], metadata["panel"], metadata["bbox"], xyz, store.box)
+    rotation = np.zeros((len(rows), store.box[0]), np.float32)
     edges, _ = rotation_edges(store, experiments, rows)
     if edges.shape[1] and widths.sigma_m > 0:
         low, high = edges[:, :-1], edges[:, 1:]
         nearest = np.where(low * high <= 0, 0.0, np.minimum(np.abs(low), np.abs(high)))
-        inside = inside + (nearest / (widths.n_sigma * widths.sigma_m))[:, :, None, None] ** 2
-    return np.broadcast_to(inside <= 1, (len(rows), n_z, n_y, n_x)).reshape(len(rows), -1)
+        rotation = (nearest / (widths.n_sigma * widths.sigma_m)) ** 2
+    return pixels.foreground(widths.n_sigma * widths.sigma_b, rotation).reshape(len(rows), -1)
 
 
 def label_foreground(
