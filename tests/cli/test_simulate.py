@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from xtalfast.cli import main
-from xtalfast.io import read_expt, read_refl
+from xtalfast.io import read_expt, read_image, read_refl
 
 
 def test_same_seed_same_bytes(tmp_path, capsys):
@@ -56,3 +57,16 @@ def test_bad_options(tmp_path, capsys, options, message):
     assert main(["simulate", "-o", str(tmp_path / "out"), "--tiny", "--quiet", *options]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_preset_and_dose(tmp_path):
+    """`--preset ice --dose 0.5` keeps the preset's rings and halves every count; an option beats the preset."""
+    small = ["--images", "1", "--set", "image_size_px=160,160", "--set", "beam_centre_px=20,20", "--quiet"]
+    mean = {}
+    for name, options in {"ice": [], "half": ["--dose", "0.5"], "no ice": ["--ice", "0"]}.items():
+        assert main(["simulate", "-o", str(tmp_path / name), "--preset", "ice", *options, *small]) == 0
+        mean[name] = np.maximum(read_image(tmp_path / name / "images" / "sim_0001.cbf"), 0).mean()
+    assert mean["half"] == pytest.approx(0.5 * mean["ice"], rel=0.05)
+    assert mean["no ice"] < 0.99 * mean["ice"]
+    assert main(["simulate", "-o", str(tmp_path), "--preset", "ice", "--tiny"]) == 2
+    assert main(["simulate", "-o", str(tmp_path), "--preset", "nothing"]) == 2

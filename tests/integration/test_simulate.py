@@ -10,6 +10,7 @@ import pytest
 from xtalfast.errors import InputError
 from xtalfast.integration.columns import zeta_factor
 from xtalfast.integration.simulate import Simulation, SimulationConfig, simulate
+from xtalfast.integration.simulate_config import PRESETS
 from xtalfast.integration.simulate_crystal import structure_intensities, wilson_intensities
 from xtalfast.integration.simulate_spots import spot_covariances, voxel_shares
 from xtalfast.io import read_expt, read_image, read_refl
@@ -362,3 +363,27 @@ def test_dials_processes_the_images_alone(tmp_path):
     merged = scaled["intensity.scale.value"][strong] / scaled["inverse_scale_factor"][strong]
     assert same.mean() > 0.9
     assert np.corrcoef(np.log(merged[same]), np.log(truth["intensity"][nearest[same]]))[0, 1] > 0.99
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_what_they_say(name):
+    """Few images of each: spots on the detector, of the widths, overlap and background that the preset is for."""
+    corner = dict(n_images=2, image_size_px=(240, 240), beam_centre_px=(20, 20))
+    simulation = Simulation(SimulationConfig.preset(name, **corner))
+    truth = simulation.truth()
+    assert len(truth["hkl"]) > 20
+    width = np.sqrt(np.diagonal(truth["covariance"], axis1=1, axis2=2)).mean(axis=0)
+    assert (width[0] < 0.7) == (name == "monoclinic") and (width[0] > 1.2) == (name in ("cubic", "overlap"))
+    assert (np.median(truth["shared"]) > 0.2) == (name == "overlap")
+    assert (truth["background"].mean() > 8) == (name == "ice")
+
+
+def test_dose_multiplies_all_photons():
+    full, weak = SimulationConfig.tiny(ice_ring_photons=4.0), SimulationConfig.tiny(ice_ring_photons=4.0).with_dose(0.1)
+    strong, faint = Simulation(full), Simulation(weak)
+    np.testing.assert_allclose(faint.background, 0.1 * strong.background)
+    np.testing.assert_allclose(faint.truth()["photons"], 0.1 * strong.truth()["photons"])
+    with pytest.raises(InputError, match="dose must be positive"):
+        full.with_dose(0)
+    with pytest.raises(InputError, match="preset must be one of demo, monoclinic"):
+        SimulationConfig.preset("nothing")

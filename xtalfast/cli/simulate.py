@@ -10,7 +10,7 @@ import typer
 
 from xtalfast.cli.common import DebugOption, OutputOption, ProgressBars, QuietOption, SeedOption
 from xtalfast.errors import InputError
-from xtalfast.integration.simulate_config import SimulationConfig
+from xtalfast.integration.simulate_config import PRESETS, SimulationConfig
 
 
 def _numbers(name: str, text: str, n: int, kind: type = float) -> tuple:
@@ -47,6 +47,9 @@ def _parse_settings(settings: list[str]) -> dict[str, object]:
 def simulate(
     output: OutputOption,
     seed: SeedOption = 0,
+    preset: Annotated[
+        str, typer.Option(metavar="NAME", help=f"What the other options start from: {', '.join(PRESETS)}.")
+    ] = "demo",
     cell: Annotated[str | None, typer.Option(metavar='"a b c al be ga"', help="Unit cell, A and deg.")] = None,
     space_group: Annotated[str | None, typer.Option(metavar="SYMBOL", help="Such as 'P 43 21 2'.")] = None,
     structure: Annotated[
@@ -59,11 +62,16 @@ def simulate(
         float | None, typer.Option(metavar="N", help="Mean photons of a full reflection (dose).")
     ] = None,
     background: Annotated[float | None, typer.Option(metavar="N", help="Mean photons per pixel and image.")] = None,
-    ice: Annotated[float, typer.Option(metavar="N", help="Ice rings: photons per pixel at the strongest.")] = 0.0,
-    zingers: Annotated[float, typer.Option(metavar="N", help="Zingers per image.")] = 0.0,
+    dose: Annotated[
+        float, typer.Option(metavar="X", help="Exposure: multiplies the photons of spots, background and ice rings.")
+    ] = 1.0,
+    ice: Annotated[
+        float | None, typer.Option(metavar="N", help="Ice rings: photons per pixel at the strongest.")
+    ] = None,
+    zingers: Annotated[float | None, typer.Option(metavar="N", help="Zingers per image.")] = None,
     second_lattice: Annotated[
-        float, typer.Option(metavar="X", help="Overlaps: relative weight of a second crystal.")
-    ] = 0.0,
+        float | None, typer.Option(metavar="X", help="Overlaps: relative weight of a second crystal.")
+    ] = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="Six small images, for a quick look.")] = False,
     settings: Annotated[
         list[str] | None,
@@ -77,7 +85,8 @@ def simulate(
     Writes `images/*.cbf` (PILATUS miniCBF, ready for `dials.import`), `models.expt` (the true models), `predicted.refl`
     and the true intensities. Defaults are a small protein crystal on a PILATUS 300K.
 
-    Example: `xtalfast simulate -o wedge --seed 3 --photons 40 --ice 5`
+    Example: `xtalfast simulate -o wedge --seed 3 --photons 40 --ice 5`, or a tenth of the dose on another crystal:
+    `xtalfast simulate -o weak --preset monoclinic --dose 0.1`
     """
     from xtalfast.integration.simulate import simulate as run
 
@@ -96,7 +105,10 @@ def simulate(
         "seed": seed,
     }
     changes = {name: value for name, value in chosen.items() if value is not None} | _parse_settings(settings or [])
-    config = SimulationConfig.tiny(**changes) if tiny else SimulationConfig(**changes)  # type: ignore[arg-type]
+    if tiny and preset != "demo":
+        raise InputError("--tiny is a preset of its own: leave --preset out")
+    config = SimulationConfig.tiny(**changes) if tiny else SimulationConfig.preset(preset, **changes)
+    config = config.with_dose(dose)
     with ProgressBars(quiet) as progress:
         result = run(output, config, progress=progress)
     if quiet:

@@ -15,6 +15,56 @@ from xtalfast.errors import InputError
 PILATUS_MODULE_PX = (487, 195)
 PILATUS_GAP_PX = (7, 17)
 
+# Data sets that ours and other integrators are compared on: they differ in cell, symmetry, spot widths and background.
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": {},
+    "monoclinic": dict(  # spots of half a pixel on one image: undersampled; low multiplicity
+        cell=(46.0, 38.0, 68.0, 90.0, 104.0, 90.0),
+        space_group="P 1 21 1",
+        mosaicity_deg=0.05,
+        block_size_a=5000.0,
+        divergence_deg=0.01,
+        psf_px=0.55,
+        photons_mean=150.0,
+        background_photons=1.0,
+        n_images=60,
+        start_deg=20.0,
+    ),
+    "cubic": dict(  # wide spots over several images
+        cell=(78.0, 78.0, 78.0, 90.0, 90.0, 90.0),
+        space_group="I 21 3",
+        d_min=2.0,
+        mosaicity_deg=0.3,
+        block_size_a=1500.0,
+        psf_px=0.9,
+        oblique_depth_mm=0.3,
+        photons_mean=300.0,
+        background_photons=3.0,
+        n_images=60,
+        oscillation_deg=0.4,
+        distance_mm=120.0,
+    ),
+    "ice": dict(  # high background, water and ice rings
+        cell=(62.0, 62.0, 92.0, 90.0, 90.0, 120.0),
+        space_group="P 61 2 2",
+        d_min=2.0,
+        mosaicity_deg=0.15,
+        background_photons=12.0,
+        ice_ring_photons=25.0,
+        n_images=40,
+        distance_mm=115.0,
+    ),
+    "overlap": dict(  # a long axis and wide spots: neighbours share a third of their profiles
+        cell=(60.0, 60.0, 250.0, 90.0, 90.0, 90.0),
+        space_group="P 41 21 2",
+        d_min=2.6,
+        mosaicity_deg=0.2,
+        psf_px=1.2,
+        n_images=20,
+        distance_mm=150.0,
+    ),
+}
+
 
 @dataclass(frozen=True)
 class SimulationConfig:
@@ -113,6 +163,20 @@ class SimulationConfig:
             raise InputError(f"simulation cell must be three lengths (A) and three angles (deg), got {self.cell}")
         if self.structure is None and not gemmi.UnitCell(*self.cell).is_compatible_with_spacegroup(group):
             raise InputError(f"simulation cell {self.cell} does not have the symmetry of {self.space_group}")
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> SimulationConfig:
+        """One of `PRESETS`: demo, monoclinic, cubic, ice, overlap."""
+        if name not in PRESETS:
+            raise InputError(f"simulation preset must be one of {', '.join(PRESETS)}, got {name!r}")
+        return replace(cls(), **(PRESETS[name] | changes))
+
+    def with_dose(self, factor: float) -> SimulationConfig:
+        """The same crystal exposed `factor` times as long: photons of spots, background and ice rings."""
+        if not factor > 0:
+            raise InputError(f"simulation dose must be positive, got {factor}")
+        names = ("photons_mean", "background_photons", "ice_ring_photons")
+        return replace(self, **{name: getattr(self, name) * factor for name in names})
 
     @classmethod
     def demo(cls, **changes: Any) -> SimulationConfig:
