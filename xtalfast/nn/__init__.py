@@ -1,9 +1,13 @@
-"""Encoders, spot-shape heads and the loss of integration networks, for your own training loop.
+"""The modules of both networks, for your own training loop.
+
+Integration: encoders, spot-shape heads and the loss,
 
     batch = ShoeboxBatch(counts, mask, xyzcal_px, bbox, box=(3, 21, 21))
     model = IntegrationModel(IntegrationConfig.preset("default", encoder="cnn", profile="softmax"))
     model.set_statistics(DataStatistics.of(batch))
     model.losses(batch).mean().backward()
+
+Phasing: `NystromAttention`, `CircularPatchEmbed3d`, `PeriodicConv3d` (examples/own_phasing_network.py).
 
 No file format and no optional package is attached to anything here.
 """
@@ -29,9 +33,12 @@ from xtalfast.integration.profiles import (
     moments_start,
 )
 from xtalfast.integration.statistics import DataStatistics
+from xtalfast.nn.nystrom import NystromAttention
+from xtalfast.nn.periodic import CircularPatchEmbed3d, PeriodicConv3d
 
 __all__ = [
     "CNNEncoder",
+    "CircularPatchEmbed3d",
     "DataStatistics",
     "EncoderConfig",
     "FCEncoder",
@@ -43,6 +50,8 @@ __all__ = [
     "LossConfig",
     "LowRankHead",
     "MVNHead",
+    "NystromAttention",
+    "PeriodicConv3d",
     "PoissonGammaELBO",
     "Posterior",
     "PosteriorConfig",

@@ -1,0 +1,380 @@
+"""Nystrom attention in which only the first tokens of a sequence ask: cost linear in both token counts.
+
+With queries q of S tokens, keys k and values v of T tokens (the S and any others), m landmarks qm, km that are means of
+consecutive queries and keys, and sigma the softmax over keys,
+
+    out = sigma(q km^T) Z sigma(qm k^T) v + residual * v,    Z ~ sigma(qm km^T)^+,
+
+q scaled by 1 / sqrt(D). Z is found from Z = A^T / (|A|_1 |A|_inf), A = sigma(qm km^T), by iterations of
+
+    Z <- Z/4 (13 - A Z (15 - A Z (7 - A Z))),
+
+six of which leave an error of some percent that trained weights have learned to live with; `pinv="ridge"` solves
+(A^T A + eps) U = A^T W instead. The residual is a convolution along the tokens, one kernel per head.
+
+Work per head: 2 m D (S + T) multiply-adds and 24 products of m x m matrices; exact attention takes 2 D S T.
+
+Ref: Xiong et al., Nystromformer, AAAI 2021, equations 11-15; Pan et al. (the density paper) for the one-way form.
+
+Example:
+    >>> q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 9, 8)
+    >>> nystrom_attention(q, k, k, landmarks=4).shape
+    torch.Size([1, 2, 5, 8])
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Attention = Literal["nystrom", "exact", "auto"]
+Pinv = Literal["iterative", "ridge"]
+
+_BLOCK = 64  # tokens to a block of the residual convolution as matrix product
+
+
+def segments(n_tokens: int, n_landmarks: int) -> list[slice]:
+    """Consecutive tokens of each landmark; the first n_tokens % n_landmarks have one more (as numpy.array_split)."""
+    size, longer = divmod(n_tokens, n_landmarks)
+    ends = [i * size + min(i, longer) for i in range(n_landmarks + 1)]
+    return [slice(a, b) for a, b in pairwise(ends)]
+
+
+def legacy_padding(n_tokens: int, n_context: int, landmarks: int = 64) -> tuple[int, int]:
+    """Zero tokens that the public implementation puts before the n_tokens and between them and the n_context.
+
+    Its sequence is [zeros, tokens, zeros, context]; the zeros are keys like others there.
+    """
+    front = -n_tokens % landmarks
+    return front, -(n_tokens + front + n_context) % landmarks
+
+
+def nystrom_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    *,
+    landmarks: int = 64,
+    iterations: int = 6,
+    pinv: Pinv = "iterative",
+    pinv_scale: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    attention: Attention = "nystrom",
+    scale: float | None = None,
+    ridge: float = 1e-3,
+) -> Tensor:
+    """The definition, in plain torch; arguments as in `nystrom_attention`."""
+    n_queries, n_keys = q.shape[2], k.shape[2]
+    q = q * (q.shape[3] ** -0.5 if scale is None else scale)
+    shut = q.new_zeros(())
+    if key_mask is not None:
+        shut = torch.where(key_mask, 0.0, -torch.inf).to(q.dtype)[:, None, None]  # [B, 1, 1, T]
+        k, v = (torch.where(key_mask[:, None, :, None], t, 0.0) for t in (k, v))
+    if attention == "exact":
+        out = torch.softmax(q @ k.mT + shut, -1) @ v
+    else:
+        m = min(landmarks, n_queries, n_keys)
+        qm = torch.stack(
+            [_mean(q[:, :, s], None if query_mask is None else query_mask[:, s]) for s in segments(n_queries, m)], 2
+        )
+        km = torch.stack(
+            [_mean(k[:, :, s], None if key_mask is None else key_mask[:, s]) for s in segments(n_keys, m)], 2
+        )
+        between = qm @ km.mT
+        if gate is not None:
+            between = between * torch.sigmoid(gate[:, :m, :m])
+        a = torch.softmax(between, -1)
+        w = torch.softmax(qm @ k.mT + shut, -1) @ v
+        u = _ridge_solve(a, w, ridge) if pinv == "ridge" else _iterate(a, iterations, pinv_scale) @ w
+        out = torch.softmax(q @ km.mT, -1) @ u
+    if residual is not None:
+        taps = residual.shape[1]
+        shifted = functional.pad(v, (0, 0, taps // 2, taps // 2 + max(n_queries - n_keys, 0)))
+        for j in range(taps):  # out_s += sum_j w_j v_(s + j - taps // 2)
+            out = out + residual[:, j, None, None] * shifted[:, :, j : j + n_queries]
+    return out
+
+
+def _mean(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over the tokens [B, H, n, D] in the mask [B, n], 0 of none."""
+    if mask is None:
+        return tokens.mean(2)
+    tokens = torch.where(mask[:, None, :, None], tokens, 0.0)
+    return tokens.sum(2) / mask.sum(1).clamp(min=1)[:, None, None]
+
+
+def largest_sums(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest sum along a row and along a column, of each matrix."""
+    return a.abs().sum(-1).amax(-1), a.abs().sum(-2).amax(-1)
+
+
+def _iterate(a: Tensor, iterations: int, pinv_scale: Tensor | None) -> Tensor:
+    """Approximate pseudo-inverse of [..., m, m] by a Newton-like iteration of third order."""
+    if pinv_scale is None:
+        rows, columns = largest_sums(a)
+        pinv_scale = rows * columns
+    z = a.mT / pinv_scale[..., None, None]
+    one = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    for _ in range(iterations):
+        az = a @ z
+        z = 0.25 * z @ (13 * one - az @ (15 * one - az @ (7 * one - az)))
+    return z
+
+
+def _ridge_solve(a: Tensor, w: Tensor, ridge: float) -> Tensor:
+    """U of least |A U - W|^2 + ridge |U|^2."""
+    normal = a.mT @ a + ridge * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    return torch.cholesky_solve(a.mT @ w, torch.linalg.cholesky(normal))
+
+
+def landmark_means(tokens: Tensor, n_landmarks: int, mask: Tensor | None = None) -> Tensor:
+    """Means over the segments of [B, H, T, D], of the tokens in the mask [B, T]; two reductions, no loop."""
+    n_tokens = tokens.shape[2]
+    size, longer = divmod(n_tokens, n_landmarks)
+    weight = None
+    if mask is not None:
+        weight = mask.to(tokens.dtype)[:, None, :, None]
+        tokens = torch.where(mask[:, None, :, None], tokens, 0.0)
+    means = []
+    for first, count, length in ((0, longer, size + 1), (longer * (size + 1), n_landmarks - longer, size)):
+        if count:
+            part = tokens.narrow(2, first, count * length).unflatten(2, (count, length))
+            if weight is None:
+                means.append(part.mean(3))
+            else:
+                n = weight.narrow(2, first, count * length).unflatten(2, (count, length)).sum(3)
+                means.append(part.sum(3) / n.clamp(min=1))
+    return torch.cat(means, 2) if len(means) > 1 else means[0]
+
+
+def batch_pinv_scale(q: Tensor, k: Tensor, gate: Tensor | None, landmarks: int, scale: float | None = None) -> Tensor:
+    """The first scale of the public implementation: one for all heads and all examples of the batch.
+
+    The output of an example then depends on the others. For weights trained with it; goes into `pinv_scale`.
+    """
+    m = min(landmarks, q.shape[2], k.shape[2])
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    between = scale * landmark_means(q, m) @ landmark_means(k, m).mT
+    if gate is not None:
+        between = between * torch.sigmoid(gate[:, :m, :m])
+    rows, columns = largest_sums(torch.softmax(between, -1))
+    return (rows.max() * columns.max()).expand(q.shape[:2])
+
+
+def _toeplitz(weight: Tensor, n: int) -> Tensor:
+    """[H, taps] -> [H, n, n + taps - 1], row i holding the taps from column i on."""
+    n_heads, taps = weight.shape
+    width = n + taps - 1
+    matrix = weight.new_zeros(n_heads, n * width)
+    matrix.as_strided((n_heads, n, taps), (n * width, width + 1, 1)).copy_(weight[:, None].expand(-1, n, -1))
+    return matrix.view(n_heads, n, width)
+
+
+def _windows(tokens: Tensor, taps: int, n_out: int) -> Tensor:
+    """Tokens that each block of outputs sees, [B, H, blocks, D, block + taps - 1]."""
+    half, length = taps // 2, -(-n_out // _BLOCK) * _BLOCK + taps - 1
+    seen = tokens[:, :, : length - half]
+    return functional.pad(seen, (0, 0, half, length - half - seen.shape[2])).unfold(2, _BLOCK + taps - 1, _BLOCK)
+
+
+def _convolve(tokens: Tensor, weight: Tensor, n_out: int) -> Tensor:
+    """out_s = sum_j w_j tokens_(s + j - taps // 2) as matrix products, eight times as fast as conv2d."""
+    windows = _windows(tokens, weight.shape[1], n_out)
+    return (_toeplitz(weight, _BLOCK)[:, None] @ windows.mT).flatten(2, 3)[:, :, :n_out]
+
+
+_library = torch.library.Library("xtalfast", "FRAGMENT")
+_library.define("convolve_tokens(Tensor tokens, Tensor weight, SymInt n_out) -> Tensor")
+_library.define("convolve_tokens_backward(Tensor grad, Tensor tokens, Tensor weight) -> (Tensor tokens, Tensor weight)")
+
+
+def _convolve_tokens(tokens, weight, n_out):
+    return _convolve(tokens, weight, n_out).contiguous()
+
+
+def _convolve_tokens_backward(grad, tokens, weight):
+    taps, n_out = weight.shape[1], grad.shape[2]
+    by_tokens = torch.zeros_like(tokens, memory_format=torch.contiguous_format)
+    reach = min(tokens.shape[2], n_out + taps // 2)
+    by_tokens[:, :, :reach] = _convolve(grad, weight.flip(1), reach)
+    windows = _windows(tokens, taps, n_out)
+    grad = functional.pad(grad, (0, 0, 0, -n_out % _BLOCK)).unflatten(2, (-1, _BLOCK))
+    # products of all pairs of a block; each tap is the sum along one diagonal
+    pairs = torch.einsum("bhnsd,bhndt->hst", grad, windows).contiguous()
+    n_heads, width = pairs.shape[0], pairs.shape[2]
+    by_weight = pairs.as_strided((n_heads, _BLOCK, taps), (_BLOCK * width, width + 1, 1)).sum(1)
+    return by_tokens, by_weight
+
+
+@torch.library.register_fake("xtalfast::convolve_tokens", lib=_library)
+def _(tokens, weight, n_out):
+    return tokens.new_empty(*tokens.shape[:2], n_out, tokens.shape[3])
+
+
+@torch.library.register_fake("xtalfast::convolve_tokens_backward", lib=_library)
+def _(grad, tokens, weight):
+    return torch.empty_like(tokens, memory_format=torch.contiguous_format), torch.empty_like(weight)
+
+
+_library.impl("convolve_tokens", _convolve_tokens, "CompositeExplicitAutograd")
+_library.impl("convolve_tokens_backward", _convolve_tokens_backward, "CompositeExplicitAutograd")
+
+
+def _setup_convolution(ctx, inputs, output):
+    tokens, weight, _ = inputs
+    ctx.save_for_backward(tokens, weight)
+
+
+def _convolution_backward(ctx, grad):
+    return *torch.ops.xtalfast.convolve_tokens_backward(grad, *ctx.saved_tensors), None
+
+
+torch.library.register_autograd(
+    "xtalfast::convolve_tokens", _convolution_backward, setup_context=_setup_convolution, lib=_library
+)
+
+
+def _solve_landmarks(qm, km, gate, w, iterations, pinv, pinv_scale, scale, ridge):
+    """Z W in single precision at least: m x m matrices cost little and the iteration amplifies rounding."""
+    real = torch.promote_types(w.dtype, torch.float32)
+    with torch.autocast(w.device.type, enabled=False):
+        between = scale * (qm.to(real) @ km.to(real).mT)
+        if gate is not None:
+            m = between.shape[-1]
+            between = between * torch.sigmoid(gate[:, :m, :m].to(real))
+        a = torch.softmax(between, -1)
+        if pinv == "ridge":
+            return _ridge_solve(a, w.to(real), ridge).to(w.dtype)
+        return (_iterate(a, iterations, pinv_scale) @ w.to(real)).to(w.dtype)
+
+
+def _in_torch(q, k, v, gate, m, iterations, pinv, pinv_scale, query_mask, key_mask, scale, ridge):
+    """Two calls of torch's fused attention, with the landmarks as queries and as keys: no [m, T] matrix is stored."""
+    qm, km = landmark_means(q, m, query_mask), landmark_means(k, m, key_mask)
+    w = _exact(qm, k, v, key_mask, scale)
+    u = _solve_landmarks(qm, km, gate, w, iterations, pinv, pinv_scale, scale, ridge)
+    return functional.scaled_dot_product_attention(q, km, u, scale=scale)
+
+
+def _exact(q, k, v, key_mask, scale):
+    mask = None if key_mask is None else key_mask[:, None, None]
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+def nystrom_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    *,
+    landmarks: int = 64,
+    iterations: int = 6,
+    pinv: Pinv = "iterative",
+    pinv_scale: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    attention: Attention = "nystrom",
+    scale: float | None = None,
+    ridge: float = 1e-3,
+) -> Tensor:
+    """Nystrom attention of S queries over T keys, or exact attention, with a residual convolution of the values.
+
+    Args:
+        q: queries, [B, H, S, D], float; any strides.
+        k, v: keys and values, [B, H, T, D], like q.
+        residual: weights of the convolution along the values, [H, taps] with an odd number of taps; query s sees values
+            s - taps // 2 to s + taps // 2, so that the queries are the first S tokens of the keys. None: no residual.
+        gate: logits of gates on the scores between landmarks, [H, landmarks, landmarks]. None: no gate.
+        landmarks: number of landmarks m; min(m, S, T) are used. Each is the mean of consecutive tokens, the first
+            S % m (T % m) of one more than the others.
+        iterations: of the pseudo-inverse.
+        pinv: "iterative", or "ridge": regularised least squares, faster on the CPU and closer to exact attention, but
+            not what weights trained with the iteration expect.
+        pinv_scale: divides A^T at the start of the iteration, broadcastable to [B, H]; None takes |A|_1 |A|_inf of each
+            matrix, which makes the examples of a batch independent (see `batch_pinv_scale`).
+        query_mask: tokens that enter the means of the queries, bool [B, S].
+        key_mask: tokens that are keys, bool [B, T], at least one in each row; the others may hold anything, NaN too.
+        attention: "nystrom"; "exact"; or "auto", the faster of the two by the counts of tokens.
+        scale: of the scores; D^(-1/2) unless given.
+        ridge: eps of `pinv="ridge"`.
+
+    Returns:
+        [B, H, S, D], stored as [B, S, H, D]; the landmarks' matrices are in single precision at least.
+
+    Raises:
+        TypeError: wrong kind or dtype of an argument.
+        ValueError: wrong shape, device or name.
+
+    Example:
+        >>> q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 9, 8)
+        >>> exact = nystrom_attention(q, k, k, attention="exact")
+        >>> torch.allclose(exact, torch.nn.functional.scaled_dot_product_attention(q, k, k), atol=1e-6)
+        True
+    """
+    _check(q, k, v, residual, gate, landmarks, iterations, pinv, query_mask, key_mask, attention)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    if key_mask is not None:
+        k, v = (torch.where(key_mask[:, None, :, None], t, 0.0) for t in (k, v))
+    m = min(landmarks, q.shape[2], k.shape[2])
+    if attention == "auto":
+        attention = faster_attention(q.shape[2], k.shape[2], m)
+    if q.shape[0] == 0 or q.shape[2] == 0:
+        return torch.zeros_like(q)
+    if attention == "exact":
+        out = _exact(q, k, v, key_mask, scale)
+    else:
+        out = _in_torch(q, k, v, gate, m, iterations, pinv, pinv_scale, query_mask, key_mask, scale, ridge)
+    if residual is not None:
+        out = out + torch.ops.xtalfast.convolve_tokens(v, residual.to(v.dtype), q.shape[2])
+    return out
+
+
+def faster_attention(n_queries: int, n_keys: int, landmarks: int) -> Attention:
+    """Which attention takes less time: beside its own products the Nystrom form pays for the pseudo-inverse."""
+    nystrom = 2 * landmarks * (n_queries + n_keys) + _PINV_PRODUCTS * landmarks**2
+    return "nystrom" if nystrom < 2 * n_queries * n_keys else "exact"
+
+
+_PINV_PRODUCTS = 48
+
+
+def _check(q, k, v, residual, gate, landmarks, iterations, pinv, query_mask, key_mask, attention) -> None:
+    if not q.is_floating_point():
+        raise TypeError(f"q must be floating point [B, H, S, D], got {q.dtype}")
+    if q.ndim != 4:
+        raise ValueError(f"q must be [B, H, S, D], got {list(q.shape)}")
+    n_batch, n_heads, n_queries, depth = q.shape
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name} must be {q.dtype} like q, got {tensor.dtype}")
+        if tensor.ndim != 4 or tensor.shape[:2] != q.shape[:2] or tensor.shape[3] != depth or tensor.shape[2] == 0:
+            raise ValueError(f"{name} must be [B={n_batch}, H={n_heads}, T > 0, D={depth}], got {list(tensor.shape)}")
+        if tensor.device != q.device:
+            raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}")
+    if k.shape != v.shape:
+        raise ValueError(f"v must be like k, {list(k.shape)}, got {list(v.shape)}")
+    if residual is not None and (residual.ndim != 2 or len(residual) != n_heads or residual.shape[1] % 2 == 0):
+        raise ValueError(f"residual must be [H={n_heads}, odd number of taps], got {list(residual.shape)}")
+    if landmarks < 1:
+        raise ValueError(f"landmarks must be positive, got {landmarks}")
+    if iterations < 0:
+        raise ValueError(f"iterations must not be negative, got {iterations}")
+    if gate is not None and gate.shape != (n_heads, landmarks, landmarks):
+        raise ValueError(f"gate must be [H={n_heads}, {landmarks}, {landmarks}], got {list(gate.shape)}")
+    for name, mask, n_tokens in (("query_mask", query_mask, n_queries), ("key_mask", key_mask, k.shape[2])):
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != (n_batch, n_tokens)):
+            raise ValueError(f"{name} must be bool [B={n_batch}, {n_tokens}], got {mask.dtype} {list(mask.shape)}")
+    for name, value, allowed in (
+        ("attention", attention, ("nystrom", "exact", "auto")),
+        ("pinv", pinv, ("iterative", "ridge")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
