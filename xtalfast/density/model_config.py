@@ -38,6 +38,9 @@ class RecCrysFormerConfig:
         mask_padding: leave the zero tokens out that fill sequences up to a multiple of `landmarks`.
         decoder_padding: "zeros" outside the cell, or "wrap" around it.
         sim_gate: a learned gate on the similarities of landmarks.
+        conv_taps: tokens along which values are convolved beside the attention; 0 for none.
+        centre_patterson: move the Patterson's origin to the middle of the cell, where the molecule is: what a token
+            sees then lies where it is to be drawn.
         projection_cycles: cycles of |F| projection and positivity behind the decoder; 0 for none. They see the
             Patterson, so the output obeys the measured amplitudes.
     """
@@ -68,6 +71,8 @@ class RecCrysFormerConfig:
     mask_padding: bool = False
     decoder_padding: Literal["zeros", "wrap"] = "zeros"
     sim_gate: bool = True
+    conv_taps: int = 33
+    centre_patterson: bool = False
     projection_cycles: int = 0
 
     def __post_init__(self) -> None:
@@ -77,7 +82,7 @@ class RecCrysFormerConfig:
             allowed, value = get_args(hints[item.name]), getattr(self, item.name)
             if allowed and isinstance(allowed[0], str) and value not in allowed:
                 raise InputError(f"{item.name} must be one of {', '.join(allowed)}, got {value!r}")
-        least = {"depth": 0, "decoder_blocks": 0, "projection_cycles": 0, "pinv_iterations": 0}
+        least = {"depth": 0, "decoder_blocks": 0, "projection_cycles": 0, "pinv_iterations": 0, "conv_taps": 0}
         for item in fields(self):
             value = getattr(self, item.name)
             if isinstance(value, int) and not isinstance(value, bool) and value < least.get(item.name, 1):
@@ -85,13 +90,17 @@ class RecCrysFormerConfig:
         if len(self.max_grid) != 3 or any(n < self.patch or n % self.patch for n in self.max_grid):
             raise InputError(f"max_grid must be three multiples of patch = {self.patch}, got {self.max_grid}")
         if self.residue_map_size % self.patch:
-            raise InputError(f"residue_map_size must be a multiple of patch = {self.patch}, got {self.residue_map_size}")
+            raise InputError(
+                f"residue_map_size must be a multiple of patch = {self.patch}, got {self.residue_map_size}"
+            )
         if self.stem_kernel % 2 == 0:
             raise InputError(f"stem_kernel must be odd, got {self.stem_kernel}")
         if not (0 <= self.dropout < 1 and 0 <= self.emb_dropout < 1):
             raise InputError(f"dropout must be from 0 to below 1, got {self.dropout} and {self.emb_dropout}")
         if self.residue_patches is not None and self.residue_patches > self.residue_tokens:
-            raise InputError(f"a residue's map has {self.residue_tokens} patches, got residue_patches {self.residue_patches}")
+            raise InputError(
+                f"a residue's map has {self.residue_tokens} patches, got residue_patches {self.residue_patches}"
+            )
 
     @property
     def max_tokens(self) -> int:
@@ -137,6 +146,8 @@ class RecCrysFormerConfig:
             "positions": "metric",
             "decoder_padding": "wrap",
             "mask_padding": True,
+            "centre_patterson": True,
+            "conv_taps": 0,
         }
         return cls(**(better | changes))
 

@@ -62,7 +62,9 @@ def conv3d_periodic(x: Tensor, weight: Tensor) -> Tensor:
     # A kernel wider than the cell meets its own copies: they add up.
     kernel = kernel.index_put((slice_all(kernel, 0), slice_all(kernel, 1), *places), weight, accumulate=True)
     axes = (-3, -2, -1)
-    spectrum = torch.einsum("bcxyz,ocxyz->boxyz", torch.fft.rfftn(x, dim=axes), torch.fft.rfftn(kernel, dim=axes).conj())
+    spectrum = torch.einsum(
+        "bcxyz,ocxyz->boxyz", torch.fft.rfftn(x, dim=axes), torch.fft.rfftn(kernel, dim=axes).conj()
+    )
     return torch.fft.irfftn(spectrum, s=shape, dim=axes)
 
 
@@ -153,7 +155,8 @@ class Attention(nn.Module):
         self.to_qkv = nn.Linear(config.dim, 3 * inner, bias=False)
         self.to_out = nn.Linear(inner, config.dim)
         self.dropout = nn.Dropout(config.dropout)
-        self.conv = nn.Parameter(torch.empty(config.heads, _TAPS).uniform_(-(_TAPS**-0.5), _TAPS**-0.5))
+        taps = config.conv_taps
+        self.conv = nn.Parameter(torch.empty(config.heads, taps).uniform_(-(taps**-0.5), taps**-0.5)) if taps else None
         m = config.landmarks
         gated = config.sim_gate and not config.uses_exact_attention
         self.gate = nn.Parameter(torch.zeros(config.heads, m, m)) if gated else None
@@ -174,10 +177,11 @@ class Attention(nn.Module):
             for own, given in ((k, k_residues), (v, v_residues))
         )
         if config.uses_exact_attention:
-            mixed = F.scaled_dot_product_attention(q, k, v)
+            mixed = exact_attention(q, k, v)
         else:
             mixed = self._nystrom(q, k, v)
-        mixed = mixed + conv_tokens(v, self.conv, q.shape[2])
+        if self.conv is not None:
+            mixed = mixed + conv_tokens(v, self.conv, q.shape[2])
         mixed = mixed[:, :, front:].transpose(1, 2).flatten(2)
         return self.dropout(self.to_out(mixed))
 
@@ -196,11 +200,19 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(q, k_landmarks, core)
 
 
-_TAPS = 33
+def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k / sqrt(D)) v of [B, H, S, D] and [B, H, N, D]."""
+    if q.is_cuda or k.shape[2] > _SHORT:
+        return F.scaled_dot_product_attention(q, k, v)
+    # torch's fused backward pass for CPUs takes several times as long as three matrix products when keys are few.
+    return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1).to(v.dtype) @ v
+
+
+_SHORT = 512
 
 
 def segment_means(rows: Tensor, m: int) -> Tensor:
-    """Means of m runs of consecutive tokens [B, H, N, D] -> [B, H, m, D]; runs differ by one where m does not divide N."""
+    """Means of m runs of tokens [B, H, N, D] -> [B, H, m, D]; where m does not divide N, runs differ by one token."""
     n = rows.shape[2]
     if n % m == 0:
         return rows.unflatten(2, (m, n // m)).mean(3)
@@ -241,6 +253,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = x
         for norm, conv in zip(self.norms, self.convs):
+            assert isinstance(conv, nn.Conv3d)
             y = conv3d_same(norm(F.relu(y)), conv.weight, conv.bias, self.wrap)
         return y + (F.relu(x) if self.legacy_skip else x)
 

@@ -43,7 +43,7 @@ class MetricPositions(nn.Module):
             ],
             -1,
         )
-        angle = (2 * math.pi * phases).to(self.layers[0].weight.dtype)
+        angle = (2 * math.pi * phases).to(next(self.layers.parameters()).dtype)
         return self.layers(torch.cat([angle.sin(), angle.cos()], -1))
 
 

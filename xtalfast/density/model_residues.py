@@ -70,7 +70,9 @@ class ResidueBranch(nn.Module):
         distinct, residue, counts = torch.unique(residue_ids, return_inverse=True, return_counts=True)
         embedded = self.embed(self.maps[distinct].to(self.embed.linear.weight.dtype), counts)
         positions = self.positions[:n_slots]
-        pairs, pair = torch.unique(residue * n_slots + torch.arange(n_slots, device=residue.device), return_inverse=True)
+        pairs, pair = torch.unique(
+            residue * n_slots + torch.arange(n_slots, device=residue.device), return_inverse=True
+        )
         if config.residue_patches is None and len(distinct) + n_slots < len(pairs):
             e = embedded - embedded.mean(-1, keepdim=True)
             p = positions - positions.mean(-1, keepdim=True)
