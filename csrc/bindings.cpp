@@ -10,6 +10,7 @@
 #include "density_map.hpp"
 #include "extract_shoeboxes.hpp"
 #include "intensity_posterior.hpp"
+#include "isa.hpp"
 #include "mark_overlaps.hpp"
 #include "patterson_map.hpp"
 #include "poisson_gamma_elbo.hpp"
@@ -108,6 +109,8 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("with_cuda") = false;
 #endif
+
+  m.def("isa", [] { return xtalfast::isa_name(xtalfast::chosen_isa()); }); // that kernels compiled for several use
 
   // -> (status, pixels decoded, bytes used); see ByteOffsetStatus.
   m.def("byte_offset_decode", [](std::uintptr_t data, std::size_t size, std::uintptr_t out, std::size_t n, int isa) {
@@ -359,8 +362,11 @@ PYBIND11_MODULE(_C, m) {
                                                   boxes["wide"].cast<bool>(),
                                                   pointer<void>(address("profile")),
                                                   pointer<double>(address("at")),
+                                                  d["tolerance"].cast<double>(),
+                                                  d["least_background"].cast<double>(),
                                                   pointer<double>(address("fit")),
-                                                  pointer<std::uint8_t>(address("solvable"))};
+                                                  pointer<std::int64_t>(address("iterations")),
+                                                  pointer<std::uint8_t>(address("converged"))};
     const py::gil_scoped_release release;
     xtalfast::profile_fit(arguments);
   });

@@ -167,20 +167,25 @@ public:
   }
 
   template <class T> XTALFAST_INLINE double of(const T *counts, std::int64_t length, bool whole) const {
-    double total = 0;
-    for (std::int64_t j = 0; j < length; j += Lanes<T>::count) {
-      // often all pixels hold 0 or 1, whose factorial is 1
-      const auto above = load(counts + j) > (whole ? T(1) : T(0));
-      std::int64_t words[4];
-      std::memcpy(words, &above, sizeof words);
-      if (((words[0] | words[1]) | (words[2] | words[3])) == 0)
-        continue;
-      for (int k = 0; k < Lanes<T>::count; ++k) {
-        const T y = counts[j + k];
-        total += whole && y < size ? table_[static_cast<int>(y)] : std::lgamma(static_cast<double>(y) + 1);
-      }
+    Vector<T> most{};
+    for (std::int64_t j = 0; j < length; j += Lanes<T>::count)
+      most = largest<T>(most, load(counts + j));
+    T top = 0;
+    for (int k = 0; k < Lanes<T>::count; ++k)
+      top = std::max(top, most[k]);
+    if (top <= (whole ? T(1) : T(0))) // often all pixels hold 0 or 1, whose factorial is 1
+      return 0.0;
+    double total[4] = {}; // four chains of additions at a time
+    if (whole && top < size) {
+      for (std::int64_t j = 0; j < length; j += 4)
+        for (int k = 0; k < 4; ++k)
+          total[k] += table_[static_cast<int>(counts[j + k])];
+    } else {
+      for (std::int64_t j = 0; j < length; ++j)
+        total[j % 4] += whole && counts[j] < size ? table_[static_cast<int>(counts[j])]
+                                                  : std::lgamma(static_cast<double>(counts[j]) + 1);
     }
-    return total;
+    return (total[0] + total[1]) + (total[2] + total[3]);
   }
 
   static const LogFactorials &instance() {

@@ -1,14 +1,22 @@
-// Loops over pixels with explicit vectors of 32 bytes, compiled once for each instruction set and chosen when the
-// library is loaded. Reductions stay in registers, which `omp simd` does not ensure. Arrays are padded to whole
-// vectors.
+// Loops over pixels with explicit vectors of 32 bytes, compiled once for each instruction set and chosen at run time.
+// Reductions stay in registers, which `omp simd` does not ensure. Arrays are padded to whole vectors.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__) &&                       \
-    !defined(__SANITIZE_ADDRESS__)
+#include "isa.hpp"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define XTALFAST_X86 1
+#define XTALFAST_AVX2 __attribute__((target("arch=x86-64-v3")))
+#define XTALFAST_AVX512 __attribute__((target("arch=x86-64-v4")))
+#else
+#define XTALFAST_AVX2
+#define XTALFAST_AVX512
+#endif
+#if defined(XTALFAST_X86) && defined(__gnu_linux__) && !defined(__SANITIZE_ADDRESS__)
 #define XTALFAST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define XTALFAST_CLONES
@@ -17,6 +25,23 @@
 #pragma GCC diagnostic ignored "-Wpsabi" // vectors are passed between inlined functions only
 
 namespace xtalfast {
+
+template <class Body, class... A> XTALFAST_AVX512 void run_avx512(A &...a) { Body::template run<Isa::avx512>(a...); }
+template <class Body, class... A> XTALFAST_AVX2 void run_avx2(A &...a) { Body::template run<Isa::avx2>(a...); }
+
+// Body::run<isa>(arguments), an always inlined function template, as compiled for that instruction set.
+template <class Body, class... A> void run_with(Isa isa, A &...a) {
+  switch (isa) {
+#ifdef XTALFAST_X86
+  case Isa::avx512:
+    return run_avx512<Body>(a...);
+  case Isa::avx2:
+    return run_avx2<Body>(a...);
+#endif
+  default:
+    return Body::template run<Isa::portable>(a...);
+  }
+}
 
 template <class T> struct Lanes;
 template <> struct Lanes<float> {

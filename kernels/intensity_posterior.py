@@ -79,6 +79,20 @@ def share_slopes(
 
 
 @triton.jit
+def first_share(a, c, p_total, q_total, pp, pb, bb, py, by, photons):
+    """Least squares of the counts on profile and background as a share, from sums by lane; kept off 0 and 1."""
+    spp, spb, sbb = tl.sum(pp, 0).to(tl.float64), tl.sum(pb, 0).to(tl.float64), tl.sum(bb, 0).to(tl.float64)
+    spy, sby = tl.sum(py, 0).to(tl.float64), tl.sum(by, 0).to(tl.float64)
+    spot, rest = p_total * (sbb * spy - spb * sby), q_total * (spp * sby - spb * spy)
+    n = a + c + photons + 1.0
+    low, high = (a + 0.5) / n, 1.0 - (c + 0.5) / n
+    at_end = tl.where(rest > 0.0, low, tl.where(spot > 0.0, high, 0.5))
+    inside = (spot > 0.0) & (rest > 0.0)
+    share = tl.where(inside, spot / tl.where(inside, spot + rest, 1.0), at_end)
+    return tl.minimum(tl.maximum(share, low), high)
+
+
+@triton.jit
 def heavy_tail(slope, curvature, skew, heavy, TAIL: tl.constexpr):
     """Distance at which a log-density with these derivatives has fallen by TAIL: Gamma-like if heavy, else Gaussian."""
     n = tl.where(heavy, 4.0 * curvature * curvature * curvature / (skew * skew), 1e12)
@@ -145,13 +159,21 @@ def _share_likelihood_kernel(
 
     profile_sums, background_sums = tl.zeros([BLOCK], dtype), tl.zeros([BLOCK], dtype)
     photons, factorials = tl.zeros([BLOCK], dtype), tl.zeros([BLOCK], dtype)
+    pp, pb, bb = tl.zeros([BLOCK], dtype), tl.zeros([BLOCK], dtype), tl.zeros([BLOCK], dtype)
+    py, by = tl.zeros([BLOCK], dtype), tl.zeros([BLOCK], dtype)
     for start in range(0, size, BLOCK):
         j = start + tl.arange(0, BLOCK)
         y, used, p, b = load_rates(
             counts, mask, background, profile, first, j, j < size, unit, unit, BITS, BACKGROUND_ROWS
         )
         profile_sums += p
-        background_sums += tl.where(used, b, 0.0)
+        b = tl.where(used, b, 0.0)
+        background_sums += b
+        pp += p * p
+        pb += p * b
+        bb += b * b
+        py += p * y
+        by += b * y
         photons += y
         factorials += log_factorial(y, WHOLE)
     a, c = tl.load(prior + row), tl.load(prior + 2 * n + row)
@@ -164,9 +186,9 @@ def _share_likelihood_kernel(
     tl.store(summary + 2 * n + row, tl.sum(photons, 0).to(tl.float64))
     tl.store(summary + 3 * n + row, tl.sum(factorials, 0).to(tl.float64))
 
+    mode = first_share(a, c, p_total, q_total, pp, pb, bb, py, by, tl.sum(photons, 0).to(tl.float64))
     # maximum of a log X + c log(1 - X) + sum y log(rate): Newton in t = logit X inside a bracket; the last step is only
     # looked at, so that one copy of the loop over the pixels serves all
-    mode = a / (a + c)
     zero = mode * 0.0
     low, high = zero - FARTHEST, zero + FARTHEST
     slope, curvature, skew, log_rate = zero, zero, zero, zero

@@ -157,13 +157,16 @@ def test_operator_passes_opcheck():
     counts, profile = simulate(20.0, 1.0, 3, box=(1, 3, 3))
     at = torch.ones(2, 3, dtype=torch.float64)
     torch.library.opcheck(torch.ops.xtalfast.profile_fit, (counts, None, None, None, profile, at))
+    torch.library.opcheck(torch.ops.xtalfast.profile_fit_ml, (counts, None, None, None, profile))
 
 
-@pytest.mark.parametrize("at", [None, (30.0, 1.0)])
-def test_without_the_extension_the_reference_gives_the_same(at, monkeypatch):
+@pytest.mark.parametrize("options", [{}, {"at": (30.0, 1.0)}, {"method": "ml"}], ids=["posterior mean", "at", "ml"])
+def test_without_the_extension_the_reference_gives_the_same(options, monkeypatch):
     counts, profile = simulate(torch.logspace(0, 4, 9, dtype=torch.float64)[:, None], 0.7, 9)
-    fused = profile_fit(counts, None, profile, at=at)
+    mask = torch.ones(counts.shape, dtype=torch.bool)
+    mask[0], mask[1, :80] = False, False  # a box without pixels and one with a single one
+    fused = profile_fit(counts, mask, profile, **options)
     monkeypatch.setattr(_native, "C", None)
-    plain = profile_fit(counts, None, profile, at=at)
+    plain = profile_fit(counts, mask, profile, **options)
     for one, other in zip(vars(fused).values(), vars(plain).values()):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)

@@ -20,8 +20,27 @@ def share_rate(share: Tensor, at_one: Tensor, at_zero: Tensor) -> Tensor:
     return torch.clamp(share * at_one + (1 - share) * at_zero, min=SMALLEST_RATE)
 
 
+def first_share(boxes: Boxes, a: Tensor, c: Tensor, p_total: Tensor, q_total: Tensor) -> Tensor:
+    """Where the search for the share starts: unweighted least squares of the counts on profile and background.
+
+    It is kept off 0 and 1 by as much as half a photon says; 1/2 where least squares leaves it open.
+    """
+
+    def total(values: Tensor) -> Tensor:
+        return boxes.total(torch.where(boxes.used, values, 0.0)).to(torch.float64)
+
+    p, b, y = boxes.profile, boxes.background, boxes.counts
+    pp, pb, bb, py, by = total(p * p), total(p * b), total(b * b), total(p * y), total(b * y)
+    spot, rest = p_total * (bb * py - pb * by), q_total * (pp * by - pb * py)
+    n = a + c + total(y) + 1
+    low, high = (a + 0.5) / n, 1 - (c + 0.5) / n
+    at_end = torch.where(rest > 0, low, torch.where(spot > 0, high, 0.5))
+    share = torch.where((spot > 0) & (rest > 0), spot / (spot + rest), at_end)
+    return torch.minimum(torch.maximum(share, low), high)
+
+
 def most_likely_share(
-    lit: Boxes, at_one: Tensor, at_zero: Tensor, a: Tensor, c: Tensor, tolerance: float
+    lit: Boxes, at_one: Tensor, at_zero: Tensor, a: Tensor, c: Tensor, start: Tensor, tolerance: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Maximum over X of the concave a log X + c log(1 - X) + sum_j y_j log(X at_one_j + (1 - X) at_zero_j).
 
@@ -31,6 +50,7 @@ def most_likely_share(
         lit: the pixels with counts.
         at_one, at_zero: rates at X = 1 and X = 0, [M].
         a, c: float64 [N], not negative; where both are 0 the maximum may lie at X = 0 or 1, which is then returned.
+        start: X at which the search starts, inside (0, 1), float64 [N].
         tolerance: distance from the maximum, in units of the width of its peak.
 
     Returns:
@@ -45,7 +65,7 @@ def most_likely_share(
     free = (a == 0) & (c == 0)
     at_low = free & (derivatives(torch.zeros_like(a))[0] <= 0)
     at_high = free & (derivatives(torch.ones_like(a))[0] >= 0) & ~at_low
-    x = torch.where(free, 0.5, a / torch.where(free, 1.0, a + c))
+    x = start
     low, high = torch.full_like(x, -_FARTHEST), torch.full_like(x, _FARTHEST)
     done = at_low | at_high
     iterations = torch.zeros_like(x, dtype=torch.int64)

@@ -32,7 +32,7 @@ from xtalfast.ops._boxes import (
     has_kernel,
     unpack,
 )
-from xtalfast.ops._share import most_likely_share, share_rate
+from xtalfast.ops._share import first_share, most_likely_share, share_rate
 from xtalfast.ops.gamma import GammaPair
 from xtalfast.ops.profiles import Profile, materialise
 
@@ -150,7 +150,8 @@ def share_likelihood(boxes: Boxes, prior: Tensor, nodes: int) -> tuple[Tensor, T
     at_one = lit.profile / _positive(p_total).to(dtype)[lit.row]
     at_zero = lit.background / _positive(q_total).to(dtype)[lit.row]
 
-    mode, _, _ = most_likely_share(lit, at_one, at_zero, a, c, _MODE_TOLERANCE)
+    start = first_share(boxes, a, c, p_total, q_total)
+    mode, _, _ = most_likely_share(lit, at_one, at_zero, a, c, start, _MODE_TOLERANCE)
     rate = share_rate(mode.to(dtype)[lit.row], at_one, at_zero)
     ratio = (at_one - at_zero) / rate
     weighted = lit.counts * ratio
@@ -244,7 +245,8 @@ def _mixture_quantiles(
         density = (weight * torch.exp(shape * torch.log(scaled) - scaled - torch.lgamma(shape))).sum(1) / x
         low, high = torch.where(above < 0, x, low), torch.where(above < 0, high, x)
         newton = x - above / density
-        x = torch.where((newton > low) & (newton < high), newton, 0.5 * (low + high))
+        # a row that has arrived stays, while others still move
+        x = torch.where((newton >= low) & (newton <= high), newton, 0.5 * (low + high))
         if bool((above.abs() < _QUANTILE_TOLERANCE).all()):
             break
     return x

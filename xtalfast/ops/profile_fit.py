@@ -31,7 +31,7 @@ from xtalfast.ops._boxes import (
     per_reflection,
     unpack,
 )
-from xtalfast.ops._share import most_likely_share
+from xtalfast.ops._share import first_share, most_likely_share
 from xtalfast.ops.intensity_posterior import intensity_posterior
 from xtalfast.ops.profiles import Profile, materialise
 
@@ -140,7 +140,8 @@ def _maximum_likelihood(boxes: Boxes) -> ProfileFit:
     p_total, b_total = torch.where(solvable, p_total, 1.0), torch.where(solvable, b_total, 1.0)
     at_one, at_zero = lit.profile / p_total.to(dtype)[lit.row], lit.background / b_total.to(dtype)[lit.row]
     zero = torch.zeros_like(p_total)
-    share, iterations, converged = most_likely_share(lit, at_one, at_zero, zero, zero, _ML_TOLERANCE)
+    start = first_share(boxes, zero, zero, p_total, b_total)
+    share, iterations, converged = most_likely_share(lit, at_one, at_zero, zero, zero, start, _ML_TOLERANCE)
     total = torch.where(solvable, lit.total(lit.counts).to(torch.float64), 0.0)
     i, b = total * share / p_total, total * (1 - share) / b_total
     var_i, var_b, cov = _covariance(_Normal.at(boxes, i, torch.clamp(b, min=_MIN_BACKGROUND)))
@@ -179,6 +180,10 @@ _library.define(
     "profile_fit(Tensor counts, Tensor? mask, Tensor? ptr, Tensor? background, Tensor profile, Tensor at) -> "
     "(Tensor fit, Tensor solvable)"
 )
+_library.define(
+    "profile_fit_ml(Tensor counts, Tensor? mask, Tensor? ptr, Tensor? background, Tensor profile) -> "
+    "(Tensor fit, Tensor iterations, Tensor converged)"
+)
 
 
 @torch.library.register_fake("xtalfast::profile_fit", lib=_library)
@@ -186,20 +191,41 @@ def _(counts, mask, ptr, background, profile, at):
     return at.new_empty(6, at.shape[1]), at.new_empty(at.shape[1], dtype=torch.bool)
 
 
-def _profile_fit(counts, mask, ptr, background, profile, at):
+@torch.library.register_fake("xtalfast::profile_fit_ml", lib=_library)
+def _(counts, mask, ptr, background, profile):
+    n = counts.shape[0] if ptr is None else ptr.shape[0] - 1
+    outputs = ((6, n), torch.float64), ((n,), torch.int64), ((n,), torch.bool)
+    return tuple(profile.new_empty(shape, dtype=dtype) for shape, dtype in outputs)
+
+
+def _run_kernel(counts, mask, ptr, background, profile, at):
     boxes = KernelBoxes(counts, mask, ptr, background, profile.dtype)
-    profile, at = profile.contiguous(), at.contiguous()
-    fit, solvable = at.new_empty(6, at.shape[1]), at.new_empty(at.shape[1], dtype=torch.bool)
+    n = boxes.arguments["n"]
+    profile, at = contiguous(profile, at)
+    fit = torch.empty(6, n, dtype=torch.float64)
+    iterations, converged = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.bool)
     _native.require("profile_fit on the CPU").profile_fit(
         boxes.arguments,
         {
             "profile": profile.data_ptr(),
-            "at": at.data_ptr(),
+            "at": 0 if at is None else at.data_ptr(),
+            "tolerance": _ML_TOLERANCE,
+            "least_background": _MIN_BACKGROUND,
             "fit": fit.data_ptr(),
-            "solvable": solvable.data_ptr(),
+            "iterations": iterations.data_ptr(),
+            "converged": converged.data_ptr(),
         },
     )
+    return fit, iterations, converged
+
+
+def _profile_fit(counts, mask, ptr, background, profile, at):
+    fit, _, solvable = _run_kernel(counts, mask, ptr, background, profile, at)
     return fit, solvable
+
+
+def _profile_fit_ml(counts, mask, ptr, background, profile):
+    return _run_kernel(counts, mask, ptr, background, profile, None)
 
 
 def _profile_fit_on_gpu(counts, mask, ptr, background, profile, at):
@@ -211,8 +237,16 @@ def _profile_fit_on_gpu(counts, mask, ptr, background, profile, at):
     return fit, solvable
 
 
+def _profile_fit_ml_by_reference(counts, mask, ptr, background, profile):
+    fit = _maximum_likelihood(unpack(counts, mask, profile, ptr, background))
+    values = (fit.i, fit.var_i, fit.bg, fit.var_bg, fit.cov_i_bg, fit.correlation)
+    return torch.stack(values), fit.iterations, fit.converged
+
+
 _library.impl("profile_fit", _profile_fit, "CPU")
 _library.impl("profile_fit", _profile_fit_on_gpu, "CUDA")
+_library.impl("profile_fit_ml", _profile_fit_ml, "CPU")
+_library.impl("profile_fit_ml", _profile_fit_ml_by_reference, "CUDA")
 
 
 @torch.no_grad()
@@ -256,18 +290,20 @@ def profile_fit(
         check_rows(n, at=at)
     if method not in ("linear", "ml"):
         raise ValueError(f"method must be 'linear' or 'ml', got {method!r}")
-    if method == "linear" and has_kernel(counts.device):
-        if at is None:
-            at = _flat_reference(counts, mask, profile, ptr, background)
-        i_ref, b_ref = (per_reflection(t, n, counts) for t in at)
-        references = torch.stack([torch.clamp(i_ref, min=0.0), torch.clamp(b_ref, min=_MIN_BACKGROUND)])
+    if has_kernel(counts.device) and (method == "linear" or counts.device.type == "cpu"):
         values = materialise(profile, ptr)
         values = values.to(torch.promote_types(values.dtype, torch.float32))
         shape = None if background is None else background.to(values.dtype)
-        fit, solvable = torch.ops.xtalfast.profile_fit(counts, mask, ptr, shape, values, references)
+        if method == "ml":
+            fit, iterations, converged = torch.ops.xtalfast.profile_fit_ml(counts, mask, ptr, shape, values)
+        else:
+            i_ref, b_ref = _flat_reference(counts, mask, profile, ptr, background) if at is None else at
+            i_ref, b_ref = per_reflection(i_ref, n, counts), per_reflection(b_ref, n, counts)
+            references = torch.stack([torch.clamp(i_ref, min=0.0), torch.clamp(b_ref, min=_MIN_BACKGROUND)])
+            fit, converged = torch.ops.xtalfast.profile_fit(counts, mask, ptr, shape, values, references)
+            iterations = torch.ones_like(converged, dtype=torch.int64)
         i, var_i, bg, var_bg, cov, correlation = fit
-        ones = torch.ones_like(solvable, dtype=torch.int64)
-        return ProfileFit(i, var_i, bg, var_bg, cov, correlation, ones, solvable)
+        return ProfileFit(i, var_i, bg, var_bg, cov, correlation, iterations, converged)
     pieces = [
         profile_fit_reference(
             *boxes[:3], ptr=boxes[3], background=boxes[4], at=None if at is None else pair_rows(at, rows), method=method
