@@ -55,6 +55,30 @@ def test_without_reflections_those_of_the_models_are_integrated(tiny_run, tmp_pa
     assert (tmp_path / "cli" / "integrated.refl").read_bytes() == (tmp_path / "integrated.refl").read_bytes()
 
 
+def test_exact_engine_trains_nothing_and_sees_no_truth(tiny_copy, tmp_path):
+    """The default engine; the truth beside the images changes nothing."""
+    seen = xtalfast.integrate(tiny_copy.expt, tiny_copy.refl, tmp_path / "a", truth=tiny_copy.truth)
+    assert seen.checkpoint is None and seen.record["parameters"]["engine"] == "exact"
+    assert not (tmp_path / "a" / "training").exists() and "intensity.q.value" not in seen.table
+    assert "EXACT" in (tmp_path / "a" / "report.html").read_text()
+    tiny_copy.truth.unlink()
+    assert main(["integrate", str(tiny_copy.expt), str(tiny_copy.refl), "-o", str(tmp_path / "b"), "--quiet"]) == 0
+    for name in ("integrated.refl", "unmerged.mtz"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert seen.table.has_flags(Flag.IntegratedPrf).mean() > 0.5
+    posterior = xtalfast.integrate(tiny_copy.expt, tiny_copy.refl, tmp_path / "b", publish="posterior").table
+    np.testing.assert_array_equal(posterior["intensity.prf.value"], seen.table["intensity.vi.value"])
+
+
+def test_engines_and_their_options():
+    assert IntegrateOptions().chosen_engine == "exact" == IntegrateOptions(engine="exact").chosen_engine
+    assert IntegrateOptions(encoder="fc").chosen_engine == "network" == IntegrateOptions(engine="network").chosen_engine
+    with pytest.raises(InputError, match="encoder, epochs: part of the network engine"):
+        IntegrateOptions(engine="exact", epochs=3, encoder="fc")
+    with pytest.raises(InputError, match="engine must be one of exact, network, got 'magic'"):
+        IntegrateOptions(engine="magic")
+
+
 def test_rows_identifiers_and_models_are_kept(tiny_run):
     given, written = read_refl(tiny_run.data.refl), read_refl(tiny_run.directory / "integrated.refl")
     assert written.identifiers == given.identifiers

@@ -35,7 +35,7 @@ def extract(
     """
     from xtalfast.integration.integrate import IntegrateOptions, prepare
 
-    options = IntegrateOptions(box=parse_box(box), d_min=d_min, image_dir=image_dir, verify=verify)
+    options = IntegrateOptions(engine="network", box=parse_box(box), d_min=d_min, image_dir=image_dir, verify=verify)
     make_output(output)
     with logging_to(output / "xtalfast.log", quiet), ProgressBars(quiet) as progress:
         prepared = prepare(models, reflections, output, options, progress=progress)

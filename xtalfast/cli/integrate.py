@@ -57,6 +57,16 @@ def integrate(
             show_default=False,
         ),
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="exact|network",
+            help="`exact`: spot model and exact posterior, nothing is trained; `network`: the paper's amortised "
+            "inference, refined by the same estimator. [exact; network when one of its options is given: --preset, "
+            "--encoder, --profile, --weights, --epochs]",
+            show_default=False,
+        ),
+    ] = None,
     preset: Annotated[
         str, typer.Option(metavar="NAME", help="`default`, `paper` (Table 1 of the paper) or a .toml file.")
     ] = "default",
@@ -65,20 +75,23 @@ def integrate(
         str | None,
         typer.Option(
             metavar="softmax|mvn|lowrank|dials",
-            help="Spot shape: the network's, or `dials`: reference profiles from strong spots. [preset: dials]",
+            help="Spot shape of the network engine: learned, or `dials`: reference profiles from strong spots. "
+            "[preset: dials]",
         ),
     ] = None,
     weights: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Use this trained network (.ckpt) instead of training one.")
     ] = None,
     box: Annotated[
-        str | None, typer.Option(metavar="Z,Y,X", help="Shoebox, images and px. [3,21,21; stills 1,21,21]")
+        str | None,
+        typer.Option(metavar="Z,Y,X", help="Shoebox, images and px. [exact 7,15,15; network 3,21,21; stills 1,21,21]"),
     ] = None,
     publish: Annotated[
         str,
         typer.Option(
             metavar="likelihood|posterior",
-            help="What intensity.prf.* holds: the likelihood-only estimate (for scaling) or E_q[I] as in the paper.",
+            help="What intensity.prf.* holds: the likelihood-only estimate, for scaling, or the posterior mean, as in "
+            "the paper.",
         ),
     ] = "likelihood",
     d_min: Annotated[
@@ -97,7 +110,7 @@ def integrate(
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Integrate diffraction images: shoeboxes, spot profiles, a trained network, intensities with uncertainties.
+    """Integrate diffraction images: shoeboxes, spot model, exact posteriors; or the paper's networks.
 
     Example: `xtalfast integrate refined.expt -o integrated --d-min 1.8`, then
     `dials.scale integrated/integrated.refl integrated/integrated.expt`
@@ -110,6 +123,7 @@ def integrate(
     from xtalfast.integration.integrate import integrate as run
 
     options = IntegrateOptions(
+        engine=engine,
         preset=preset,
         encoder=encoder,
         profile=profile,

@@ -1,7 +1,7 @@
 """Images, models and predictions -> intensities: the whole integration job as one call.
 
 Stages, each taken up again by the same call after an interruption: read and check -> shoeboxes -> reference profiles ->
-network (trained, or given weights) -> estimates -> files.
+network (engine "network" only: trained, or given weights) -> estimates -> files.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xtalfast.errors import InputError
-from xtalfast.integration import fit
 from xtalfast.integration.columns import add_derived_columns
-from xtalfast.integration.config import IntegrationConfig
-from xtalfast.integration.device import choose_device
 from xtalfast.integration.estimate import Estimates, estimate
 from xtalfast.integration.gaussian_rs import ReferenceProfiles
-from xtalfast.integration.model import IntegrationModel, NetworkProfiles
+from xtalfast.integration.options import IntegrateOptions
 from xtalfast.integration.outputs import RunResults, fill_table, write_outputs
 from xtalfast.integration.predict import predict_experiments
 from xtalfast.integration.shoeboxes import ShoeboxStore, extract_store, store_from_shoebox_column
@@ -40,7 +37,6 @@ __all__ = ["IntegrateOptions", "IntegrationResult", "Prepared", "integrate", "op
 logger = logging.getLogger("xtalfast")
 Progress = Callable[[str, int, int], None]
 
-PUBLISH = ("likelihood", "posterior")
 _WHY_NO_SPOT = {
     Reason.NoExperiment: "not indexed (id -1)",
     Reason.NotFinite: "with a position that is not finite",
@@ -48,48 +44,6 @@ _WHY_NO_SPOT = {
     Reason.OutOfScan: "outside the scan",
     Reason.NoPixels: "without a valid pixel",
 }
-
-
-@dataclass(frozen=True)
-class IntegrateOptions:
-    """What a user may choose; None takes the preset's value, or what the data say."""
-
-    preset: str = "default"
-    encoder: str | None = None  # cnn | fc
-    profile: str | None = None  # softmax | mvn | lowrank | dials
-    weights: Path | None = None  # a checkpoint: no training
-    box: tuple[int, int, int] | None = None  # z, y, x; None: 3 x 21 x 21, stills 1 x 21 x 21
-    publish: str = "likelihood"  # what intensity.prf.* holds: likelihood | posterior
-    d_min: float | None = None  # A
-    epochs: int | None = None
-    image_dir: Path | None = None
-    verify: bool = False  # check Content-MD5 of every image
-    resume: bool = True
-    device: str = "auto"  # auto | cpu | cuda[:N]
-    truth: Path | None = None  # of simulated data: shown in the report, used for nothing else
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.publish not in PUBLISH:
-            raise InputError(f"publish must be one of {', '.join(PUBLISH)}, got {self.publish!r}")
-        if self.weights is not None and not Path(self.weights).is_file():
-            raise InputError(f"weights: no file {self.weights}; give the .ckpt that `xtalfast train integration` wrote")
-        if self.truth is not None and not Path(self.truth).is_file():
-            raise InputError(f"truth: no file {self.truth}; give the truth.npz that `xtalfast simulate` wrote")
-        if self.d_min is not None and not self.d_min > 0:
-            raise InputError(f"d_min must be a positive resolution in A, got {self.d_min}")
-        if self.box is not None and (len(self.box) != 3 or min(self.box) < 1):
-            raise InputError(f"box must be three positive sizes z, y, x, got {self.box}")
-        if self.epochs is not None and self.epochs < 1:
-            raise InputError(f"epochs must be at least 1, got {self.epochs}")
-        if not 0 <= self.seed < 2**63:
-            raise InputError(f"seed must be from 0 to 2^63 - 1, got {self.seed}")
-        choose_device(self.device)
-
-    @property
-    def torch_device(self) -> str:
-        """The device where networks and fits run."""
-        return str(choose_device(self.device))
 
 
 @dataclass
@@ -111,7 +65,7 @@ class IntegrationResult:
     experiments: ExperimentList
     estimates: Estimates  # rows of the store
     store: ShoeboxStore
-    checkpoint: Path
+    checkpoint: Path | None  # of the network, if there was one
     files: list[Path]
     record: dict[str, Any] = field(repr=False)  # xtalfast.json
 
@@ -158,21 +112,23 @@ def integrate(
     seconds: dict[str, float] = {}
     with _timed("read", seconds):
         table, experiments, source = _read(experiments, reflections, options)
-    options, config = _network_settings(options)
+    config = None
+    if options.chosen_engine == "network":
+        from xtalfast.integration.network_engine import network_settings, trained_network
+
+        options, config = network_settings(options)
     with _timed("shoeboxes and profiles", seconds):
         prepared = _prepare(table, experiments, out_dir, options, progress)
-    with _timed("network", seconds):
-        checkpoint, history, training = _network(prepared, config, options, progress)
-        model = fit.load_checkpoint(checkpoint, options.torch_device)
+    trained = network = None
+    if options.chosen_engine == "network":
+        with _timed("network", seconds):
+            trained = trained_network(prepared, config, options, progress)
+            network = trained.profiles
+    given = network is None or network.model.config.profile.kind == "dials"
     with _timed("estimates", seconds):
-        network = NetworkProfiles(
-            model,
-            prepared.store,
-            reference_profiles=prepared.profiles if model.config.profile.kind == "dials" else None,
-        )
         estimates = estimate(
             prepared.store,
-            prepared.profiles if model.config.profile.kind == "dials" else network,
+            prepared.profiles if given else network,
             prepared.experiments,
             reference=prepared.profiles,
             network=network,
@@ -182,16 +138,22 @@ def integrate(
     integrated = fill_table(table, prepared.store, prepared.rows, estimates, publish=options.publish)
     for experiment in experiments:
         experiment.profile = prepared.profiles.widths.to_profile()
-    files, record = write_outputs(
-        out_dir,
-        RunResults(table, integrated, experiments, prepared.store, prepared.profiles, network, estimates),
-        parameters={**asdict(options), **source, "combination": model.config.combination, "checkpoint": checkpoint},
-        defaults=asdict(IntegrateOptions()),
-        config=model.config.to_dict(),
-        history=history,
-        training=training,
-        seconds=seconds,
-    )
+    parameters = {**asdict(options), **source, "engine": options.chosen_engine}
+    if trained is not None:
+        parameters["combination"] = trained.profiles.model.config.combination
+        parameters["checkpoint"] = trained.checkpoint
+    with _timed("files", seconds):
+        files, record = write_outputs(
+            out_dir,
+            RunResults(table, integrated, experiments, prepared.store, prepared.profiles, network, estimates),
+            parameters=parameters,
+            defaults=asdict(IntegrateOptions()) | {"engine": "exact"},
+            config=network.model.config.to_dict() if network is not None else {},
+            history=trained.history if trained is not None else [],
+            training=trained.figures if trained is not None else {},
+            seconds=seconds,
+        )
+    checkpoint = trained.checkpoint if trained is not None else None
     return IntegrationResult(integrated, experiments, estimates, prepared.store, checkpoint, files, record)
 
 
@@ -299,7 +261,7 @@ def _prepare(
         _forget(directory)
     rows = _rows_to_extract(table, options.d_min)
     wanted = table if len(rows) == len(table) else table.select(rows)
-    box = options.box or ((1, 21, 21) if all(e.is_still for e in experiments) else (3, 21, 21))
+    box = options.box or _default_box(experiments, options.chosen_engine)
     shoeboxes, profile_file = directory / "shoeboxes", directory / "profiles.npz"
     if isinstance(table.columns.get("shoebox"), ShoeboxColumn) and not _has_images(experiments):
         logger.info("no images: using the shoeboxes of the reflection table")
@@ -322,6 +284,13 @@ def _prepare(
         profiles = ReferenceProfiles.fit(store, experiments, progress=progress)
         profiles.save(profile_file)
     return Prepared(directory, experiments, store, profiles, rows[np.asarray(store.metadata["row"][:])])
+
+
+def _default_box(experiments: ExperimentList, engine: str) -> tuple[int, int, int]:
+    """The paper's box for its networks; deeper and narrower, as the spots are, without."""
+    if all(e.is_still for e in experiments):
+        return (1, 21, 21)
+    return (3, 21, 21) if engine == "network" else (7, 15, 15)
 
 
 def _rows_to_extract(table: ReflectionTable, d_min: float | None) -> NDArray[np.int64]:
@@ -368,45 +337,3 @@ def _has_images(experiments: ExperimentList) -> bool:
         if not Path(first).is_file():
             return False
     return True
-
-
-def _network_settings(options: IntegrateOptions) -> tuple[IntegrateOptions, IntegrationConfig | None]:
-    """What to train; with given weights nothing, and by default the box that they were trained on."""
-    if options.weights is not None:
-        for name in ("preset", "encoder", "profile", "epochs"):
-            if getattr(options, name) != getattr(IntegrateOptions, name):
-                raise InputError(f"--{name} is part of the trained network: leave it out with --weights")
-        trained = fit.load_checkpoint(options.weights).config
-        return replace(options, box=options.box or trained.box), None
-    return options, IntegrationConfig.preset(options.preset, encoder=options.encoder, profile=options.profile)
-
-
-def _network(
-    prepared: Prepared, config: IntegrationConfig | None, options: IntegrateOptions, progress: Progress | None
-) -> tuple[Path, list[dict[str, float]], dict[str, Any]]:
-    """Checkpoint of the network to use, its training history, and the training in numbers."""
-    if config is None:
-        assert options.weights is not None
-        checkpoint = Path(options.weights)
-        model: IntegrationModel = fit.load_checkpoint(checkpoint)
-        if tuple(model.config.box) != tuple(prepared.store.box or ()):
-            raise InputError(
-                f"{checkpoint} was trained on boxes of {model.config.box} (z, y, x), these are {prepared.store.box}; "
-                f"use --box {','.join(map(str, model.config.box))}"
-            )
-        return checkpoint, [], {}
-    name = f"{Path(config.name).stem}-{config.combination.replace('/', '-')}"
-    result = fit.train(
-        [prepared.store],
-        config,
-        prepared.directory / "training" / name,
-        seed=options.seed,
-        epochs=options.epochs,
-        resume=options.resume,
-        reference_profiles=[prepared.profiles] if config.profile.kind == "dials" else None,
-        progress=progress,
-        device=options.device,
-    )
-    figures = {"steps": result.steps, "seconds": result.seconds, "n_train": result.n_train}
-    figures |= {"n_held_out": result.n_held_out, "epochs": result.history[-1]["epoch"] if result.history else 0}
-    return result.checkpoint, result.history, figures

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,7 +21,6 @@ from xtalfast.errors import InputError
 from xtalfast.integration.device import choose_device
 from xtalfast.integration.estimate import Estimates
 from xtalfast.integration.gaussian_rs import ReferenceProfiles
-from xtalfast.integration.model import NetworkProfiles
 from xtalfast.integration.store import Reason, ShoeboxStore
 from xtalfast.io import ExperimentList, Flag, ReflectionTable, write_expt, write_refl, write_unmerged_mtz
 from xtalfast.io.files import write_text
@@ -30,6 +29,9 @@ from xtalfast.metrics.observations import observations_from_table
 from xtalfast.models import Experiment
 from xtalfast.report.collect import report_data
 from xtalfast.report.integration import write_report
+
+if TYPE_CHECKING:
+    from xtalfast.integration.model import NetworkProfiles
 
 logger = logging.getLogger("xtalfast")
 
@@ -55,13 +57,15 @@ class RunResults:
     experiments: ExperimentList
     store: ShoeboxStore
     profiles: ReferenceProfiles
-    network: NetworkProfiles
+    network: NetworkProfiles | None
     estimates: Estimates  # rows of the store
 
     @property
     def spot_source(self) -> ReferenceProfiles | NetworkProfiles:
         """Whose profiles the estimates rest on."""
-        return self.profiles if self.network.model.config.profile.kind == "dials" else self.network
+        if self.network is None or self.network.model.config.profile.kind == "dials":
+            return self.profiles
+        return self.network
 
 
 def fill_table(
@@ -80,7 +84,8 @@ def fill_table(
         store: the shoeboxes.
         rows: row of `table` for each row of the store.
         estimates: of the rows of the store.
-        publish: "likelihood", or "posterior" to have the network's E_q[I], Var_q[I] in intensity.prf.*, as the paper.
+        publish: "likelihood", or "posterior" to have the network's E_q[I], Var_q[I] in intensity.prf.*, as the paper
+            (without a network those of the exact posterior).
     """
     result = table.copy()
     for name in list(result):
@@ -98,8 +103,9 @@ def fill_table(
     flags[rows] |= estimates.flags | np.where(overloaded, np.uint64(Flag.Overloaded), np.uint64(0))
     result["flags"] = flags
     if publish == "posterior":
+        channel = "q" if "intensity.q.value" in result else "vi"
         for part in ("value", "variance"):
-            result[f"intensity.prf.{part}"] = result[f"intensity.q.{part}"]
+            result[f"intensity.prf.{part}"] = result[f"intensity.{channel}.{part}"]
     return result
 
 

@@ -72,7 +72,7 @@ def report_data(
         key_figures={
             "reflections": f"{counts['reflections']:,}",
             "profile-fitted": f"{counts['integrated_prf']:,}",
-            "network": str(record["parameters"]["combination"]).upper(),
+            "engine": str(record["parameters"].get("combination", record["parameters"]["engine"])).upper(),
             "median I/σ": f"{np.nanmedian(value[fitted] / sigma[fitted]):.2f}" if fitted.any() else "-",
             "σ_B": f"{record['estimates']['sigma_b_deg']:.4f}°",
             "σ_M": f"{record['estimates']['sigma_m_deg']:.4f}°",
