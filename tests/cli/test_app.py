@@ -17,8 +17,9 @@ from xtalfast.errors import InputError
 FIXED = {
     "demo": {"-o", "--seed"},
     "simulate": {"-o", "--output", "--seed"},
-    "integrate": {"-o", "--output", "--engine", "--preset", "--encoder", "--profile", "--image-dir", "--seed", "--weights",
-                  "--box", "--publish", "--d-min", "--epochs", "--device", "--verify", "--restart", "--truth", "--quiet"},
+    "integrate": {"-o", "--output", "--engine", "--preset", "--encoder", "--profile", "--image-dir", "--seed",
+                  "--weights", "--box", "--publish", "--d-min", "--epochs", "--device", "--verify", "--restart",
+                  "--truth", "--quiet"},
     "predict": {"-o", "--output", "--d-min"},
     "extract": {"-o", "--output", "--box", "--d-min", "--image-dir", "--verify"},
     "train integration": {"-o", "--output", "--preset", "--encoder", "--profile", "--epochs", "--seed", "--device"},
