@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from xtalfast.integration.boxes import pixel_steps, reciprocal_covariance
 from xtalfast.integration.columns import zeta_factor
 from xtalfast.integration.kabsch import experiment_frame
 from xtalfast.integration.predict import Predictions, rotation_models
@@ -38,23 +39,6 @@ def _outer(v: Array) -> Array:
     return v[..., :, None] * v[..., None, :]
 
 
-def _pixel_steps(experiment: Experiment, spots: Predictions) -> Array:
-    """Change of the lattice-fixed q per pixel in x, per pixel in y and per image, as columns: [N, 3, 3], 1/A."""
-    beam = experiment.beam
-    goniometer, scan = rotation_models(experiment)
-    steps = np.empty((len(spots), 3, 3))
-    for p, panel in enumerate(experiment.detector):
-        rows = np.flatnonzero(spots.panel == p)
-        ray = panel.lab_from_mm(spots.xyz_mm[rows, :2])
-        length = np.linalg.norm(ray, axis=1)[:, None]
-        unit = ray / length
-        for k, (direction, size) in enumerate(((panel.fast, panel.pixel_size[0]), (panel.slow, panel.pixel_size[1]))):
-            across = direction - unit * (unit @ direction)[:, None]
-            steps[rows, :, k] = across * size / length / beam.wavelength
-    steps[:, :, 2] = -np.cross(goniometer.lab_axis, spots.s1 - beam.s0) * np.radians(scan.oscillation[1])
-    return steps
-
-
 def spot_covariances(experiment: Experiment, spots: Predictions, config: SimulationConfig) -> Array:
     """Covariance of each spot in (x px, y px, image), [N, 3, 3].
 
@@ -64,16 +48,13 @@ def spot_covariances(experiment: Experiment, spots: Predictions, config: Simulat
     identity = np.eye(3)
     s0 = experiment.beam.s0
     q = spots.s1 - s0
-    q2 = np.sum(q * q, axis=1)[:, None, None]
-    along_q = _outer(q)
     block = 0.9 / config.block_size_a / np.sqrt(8 * np.log(2))
     reciprocal = (
-        block**2 * identity
-        + np.radians(config.mosaicity_deg) ** 2 * (q2 * identity - along_q)
+        reciprocal_covariance(q, block, np.radians(config.mosaicity_deg))
         + np.radians(config.divergence_deg) ** 2 * (s0 @ s0 * identity - _outer(s0))
-        + config.bandwidth**2 * along_q
+        + config.bandwidth**2 * _outer(q)
     )
-    to_pixels = np.linalg.inv(_pixel_steps(experiment, spots))
+    to_pixels = np.linalg.inv(pixel_steps(experiment, spots.panel, spots.s1))
     covariance = to_pixels @ reciprocal @ to_pixels.transpose(0, 2, 1)
     covariance[:, :2, :2] += config.psf_px**2 * np.eye(2)
     for p, panel in enumerate(experiment.detector):
@@ -87,7 +68,7 @@ def spot_covariances(experiment: Experiment, spots: Predictions, config: Simulat
 def profile_block(experiment: Experiment, spots: Predictions, covariance: Array) -> dict[str, str | float]:
     """The `gaussian_rs` block of a `.expt`: sigma_b and sigma_m (deg) as the medians over the spots."""
     frame = experiment_frame(experiment, spots.s1)
-    angles = np.stack([frame.e1, frame.e2], axis=1) @ _pixel_steps(experiment, spots)[:, :, :2]
+    angles = np.stack([frame.e1, frame.e2], axis=1) @ pixel_steps(experiment, spots.panel, spots.s1)[:, :, :2]
     angles *= experiment.beam.wavelength
     spread = angles @ covariance[:, :2, :2] @ angles.transpose(0, 2, 1)
     sigma_b = np.sqrt(0.5 * np.trace(spread, axis1=1, axis2=2))

@@ -11,7 +11,7 @@ import enum
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +151,21 @@ class ShoeboxStore:
     def __len__(self) -> int:
         return self.n
 
+    def by_size(self, rows: Rows | None = None) -> Iterator[StoreView]:
+        """The rows of each size of box as a `StoreView`, the most frequent size first; empty boxes are left out.
+
+        Args:
+            rows: rows of the store to share out, [B]; None: all.
+        """
+        rows = np.arange(self.n) if rows is None else np.asarray(rows, np.int64)
+        bbox = np.asarray(self.metadata["bbox"][rows]) if self.box is None else np.zeros((len(rows), 6), np.int64)
+        size = (bbox[:, 1::2] - bbox[:, ::2])[:, ::-1] if self.box is None else np.tile(self.box, (len(rows), 1))
+        sizes, group, count = np.unique(size, axis=0, return_inverse=True, return_counts=True)
+        for k in np.argsort(-count, kind="stable"):
+            if (sizes[k] > 0).all():
+                z, y, x = sizes[k].tolist()
+                yield StoreView(self, rows[group.ravel() == k], (z, y, x))
+
     def _shard(self, kind: str, k: int) -> NDArray:
         key = (kind, k)
         if key not in self._maps:
@@ -191,6 +206,34 @@ class ShoeboxStore:
     def mask(self, rows: Rows) -> Any:
         """DIALS mask bits (Valid 1, Overlapped 32) of the given rows, uint8, laid out as `counts`."""
         return self._gather("mask", rows, np.dtype(np.uint8))
+
+
+class StoreView:
+    """Some rows of a store, all with boxes of one size, used like a store of these rows alone.
+
+    Attributes:
+        rows: of the whole store, int64 [n].
+        n, box, n_pixels, dtype, metadata, counts(), mask(): as in `ShoeboxStore`; counts and masks are [B, P].
+    """
+
+    def __init__(self, store: ShoeboxStore, rows: Rows, box: tuple[int, int, int]) -> None:
+        self.store, self.rows, self.box = store, rows, box
+        self.n, self.n_pixels, self.dtype = len(rows), int(np.prod(box)), store.dtype
+        self.metadata = {name: np.asarray(values[rows]) for name, values in store.metadata.items()}
+
+    def __len__(self) -> int:
+        return self.n
+
+    def _gather(self, values: Any) -> NDArray:
+        return values if self.store.box is not None else values[0].reshape(-1, self.n_pixels)
+
+    def counts(self, rows: Rows) -> NDArray:
+        """Photons of rows [B] of this view, [B, P]."""
+        return self._gather(self.store.counts(self.rows[rows]))
+
+    def mask(self, rows: Rows) -> NDArray[np.uint8]:
+        """DIALS mask bits of rows [B] of this view, [B, P]."""
+        return self._gather(self.store.mask(self.rows[rows]))
 
 
 class StoreWriter:
