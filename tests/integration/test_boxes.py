@@ -113,11 +113,11 @@ def ragged(tmp_path_factory, shape):
     covariance = spot_covariance(experiments[0], shape, table["panel"], table["s1"])
     table["bbox"] = spot_boxes(covariance, table["xyzcal.px"])
     store = extract_store(table, experiments, folder / "ragged", box="bbox")
-    return store, experiments, table, folder
+    return store, experiments
 
 
 def test_views_share_out_the_rows(ragged):
-    store, _, table, folder = ragged
+    store, _ = ragged
     views = list(store.by_size())
     assert len(views) > 3 and [v.n for v in views] == sorted((v.n for v in views), reverse=True)
     np.testing.assert_array_equal(np.sort(np.concatenate([v.rows for v in views])), np.arange(store.n))
@@ -144,7 +144,7 @@ def test_a_store_of_one_size_is_one_view(tmp_path):
 
 def test_profiles_of_views_sum_to_one_and_cover_the_spot(ragged, shape):
     """What works on a store of one size works on each view: low-zeta spots are held by their long boxes."""
-    store, experiments, _, _ = ragged
+    store, experiments = ragged
     coverage = np.zeros(store.n)
     learned = ReferenceProfiles.fit(next(store.by_size()), experiments, learn=False)
     for view in store.by_size():
