@@ -71,7 +71,7 @@ def spot_covariance(experiment: Experiment, shape: SpotShape, panel: NDArray, s1
     s1 = np.asarray(s1, float)
     reciprocal = reciprocal_covariance(s1 - experiment.beam.s0, shape.lattice, shape.mosaicity)
     steps = pixel_steps(experiment, panel, s1)
-    if steps.shape[2] == 2:  # what the Ewald sphere cuts out of the point is at most as wide as this projection of it
+    if steps.shape[2] == 2:  # the Ewald sphere cuts out of the point no more than this projection
         to_pixels = np.linalg.pinv(steps)
     else:
         # Where the axis lies in the plane of s0 and s1 (zeta = 0) the images do not tell q; the spot is very long there.
