@@ -74,7 +74,7 @@ def spot_covariance(experiment: Experiment, shape: SpotShape, panel: NDArray, s1
     if steps.shape[2] == 2:  # the Ewald sphere cuts out of the point no more than this projection
         to_pixels = np.linalg.pinv(steps)
     else:
-        # Where the axis lies in the plane of s0 and s1 (zeta = 0) the images do not tell q; the spot is very long there.
+        # Where the axis lies in the plane of s0 and s1 (zeta = 0) the images do not tell q; it is very long there.
         zeta = np.linalg.det(steps)
         limit = MIN_ZETA * np.linalg.norm(steps, axis=1).prod(axis=1)
         flat = np.abs(zeta) < limit
