@@ -110,7 +110,7 @@ def spot_boxes(
     Returns:
         int32 [N, 6]; of a row whose position is not finite the smallest box at 0.
     """
-    good = np.isfinite(xyz_px).all(axis=1) & np.isfinite(covariance).all(axis=(1, 2))
+    good = np.asarray(np.isfinite(xyz_px).all(axis=1) & np.isfinite(covariance).all(axis=(1, 2)))
     centre = np.where(good[:, None], xyz_px, 0.0)
     sigma = np.sqrt(np.where(good[:, None], np.diagonal(covariance, axis1=1, axis2=2), 0.0))
     reach = n_sigma * sigma
