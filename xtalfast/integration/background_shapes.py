@@ -76,7 +76,7 @@ def inverse_resolution(panel: Panel, s0: Array, wavelength: float) -> NDArray[np
 class RadialBackground:
     """Mean background of every experiment of a store at s = 1 / d, from the background pixels of its boxes.
 
-    Call `add` for the boxes of the data set, then `template` gives the rate that a box may expect at each of its pixels.
+    Call `add` for the boxes of the data set, then `template` gives the rate that a box may expect at its pixels.
     """
 
     def __init__(self, experiments: Sequence[Experiment]) -> None:
