@@ -126,7 +126,7 @@ def icy(tmp_path_factory):
 
 
 def test_radial_background_of_a_data_set(icy):
-    """Simulated ice rings without spots: the template is the true background, and boxes across the rings are unbiased."""
+    """Simulated ice rings without spots: the template is the true background, boxes across the rings are unbiased."""
     store, experiments, truth = icy
     rows = np.arange(store.n)
     counts, used = store.counts(rows), used_pixels(store.mask(rows))

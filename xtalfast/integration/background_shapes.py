@@ -144,8 +144,8 @@ class RadialBackground:
                         edges.append(k + 1)
                         held = 0.0
                 at = np.array(edges[:-1])
-                n = np.add.reduceat(pixels, at)
-                total, centre = np.add.reduceat(counts, at), np.add.reduceat(pixels * (np.arange(len(pixels)) + 0.5), at)
+                n, total = np.add.reduceat(pixels, at), np.add.reduceat(counts, at)
+                centre = np.add.reduceat(pixels * (np.arange(len(pixels)) + 0.5), at)
                 seen = n > 0
                 self._curve.append((centre[seen] / n[seen] * width, total[seen] / n[seen]))
         return self._curve
@@ -227,7 +227,8 @@ def _mean_variance(gradient: Array, fisher: Array) -> Array:
     """Variance of a mean rate with this derivative [N, K] to the parameters."""
     k = fisher.shape[1]
     scale = np.maximum(np.einsum("nkk->nk", fisher).max(axis=1), 1e-12)[:, None, None]
-    return np.einsum("nk,nk->n", gradient, np.linalg.solve(fisher + 1e-9 * scale * np.eye(k), gradient[..., None])[..., 0])
+    spread = np.linalg.solve(fisher + 1e-9 * scale * np.eye(k), gradient[..., None])[..., 0]
+    return np.einsum("nk,nk->n", gradient, spread)
 
 
 def _models(pixels: _Pixels, template: Array | None, xy: Array, dispersion: float, start: Array) -> _Best:
