@@ -11,9 +11,8 @@ D_MIN = 1.5
 
 
 @pytest.mark.parametrize("n_maps", [1, 16])
-@pytest.mark.parametrize("grid", [(36, 40, 52), (64, 64, 64)], ids=lambda g: "x".join(map(str, g)))
+@pytest.mark.parametrize("grid", [(36, 48, 60), (64, 64, 64)], ids=lambda g: "x".join(map(str, g)))
 def test_patterson(paired, grid, n_maps):
-    """Batches are what training runs on; of a single small map a third is the cost of calling torch."""
     cells = torch.tensor([[n * 0.5 for n in grid] + [100.0, 105.0, 95.0]], dtype=torch.float64).expand(n_maps, 6)
     volume = structure_factors(torch.ones(n_maps, *grid), cells)[:, :1, :1, :1].real
     density = torch.rand(n_maps, *grid, generator=torch.Generator().manual_seed(0))
@@ -24,4 +23,4 @@ def test_patterson(paired, grid, n_maps):
 
     ours = patterson_map(f, cells, d_min=D_MIN)
     assert (ours - plain()).abs().max() < 1e-5 * ours.max()
-    paired(lambda: patterson_map(f, cells, d_min=D_MIN), plain, at_least=1 / 0.6 if n_maps > 1 else 0.0)
+    paired(lambda: patterson_map(f, cells, d_min=D_MIN), plain, at_least=1 / 0.6)

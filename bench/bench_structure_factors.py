@@ -8,7 +8,7 @@ import torch
 from xtalfast.ops import limit_resolution
 from xtalfast.ops.structure_factors import inside_sphere
 
-GRID = (36, 40, 52)
+GRID = (36, 48, 60)
 
 
 @pytest.mark.parametrize("n_maps", [1, 16])

@@ -9,6 +9,7 @@
 #include "byte_offset.hpp"
 #include "density_map.hpp"
 #include "extract_shoeboxes.hpp"
+#include "fourier.hpp"
 #include "intensity_posterior.hpp"
 #include "isa.hpp"
 #include "mark_overlaps.hpp"
@@ -356,6 +357,33 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("n_maps"), py::arg("n"), py::arg("wide"), py::arg("half"), py::arg("map"), py::arg("on_cuda"),
       py::arg("stream"), py::arg("n_threads"));
+  m.def("can_transform", [](const std::array<std::int64_t, 3> &n) { return xtalfast::can_transform(n.data()); });
+  m.def(
+      "maps_to_spectra",
+      [](const py::dict &spectra, std::int64_t n_z, double blur, std::uintptr_t in, std::uintptr_t out, int n_threads) {
+        const xtalfast::HalfSpectra s = half_spectra(spectra);
+        const py::gil_scoped_release release;
+        xtalfast::maps_to_spectra(s, n_z, blur, pointer<void>(in), pointer<void>(out), n_threads);
+      },
+      py::arg("spectra"), py::arg("n_z"), py::arg("blur"), py::arg("input"), py::arg("out"), py::arg("n_threads"));
+  m.def(
+      "spectra_to_maps",
+      [](const py::dict &spectra, std::int64_t n_z, std::uintptr_t in, std::uintptr_t out, int n_threads) {
+        const xtalfast::HalfSpectra s = half_spectra(spectra);
+        const py::gil_scoped_release release;
+        xtalfast::spectra_to_maps(s, n_z, pointer<void>(in), pointer<void>(out), n_threads);
+      },
+      py::arg("spectra"), py::arg("n_z"), py::arg("input"), py::arg("out"), py::arg("n_threads"));
+  m.def(
+      "intensities_to_pattersons",
+      [](std::int64_t n_maps, const std::array<std::int64_t, 3> &n, std::int64_t n_l, bool wide, std::uintptr_t in,
+         std::uintptr_t out, int n_threads) {
+        const xtalfast::Intensities s{n_maps, {n[0], n[1], n[2]}, n_l, wide};
+        const py::gil_scoped_release release;
+        xtalfast::intensities_to_pattersons(s, pointer<void>(in), pointer<void>(out), n_threads);
+      },
+      py::arg("n_maps"), py::arg("n"), py::arg("n_l"), py::arg("wide"), py::arg("input"), py::arg("out"),
+      py::arg("n_threads"));
   m.def("profile_fit", [](const py::dict &boxes, const py::dict &d) {
     const auto address = [&](const char *name) { return d[name].cast<std::uintptr_t>(); };
     const xtalfast::ProfileFitArguments arguments{shoeboxes(boxes),

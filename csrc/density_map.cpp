@@ -4,44 +4,43 @@
 #include <cstring>
 #include <vector>
 
-// The kernels are compiled twice on x86: for AVX2, and for any processor. What they call is inlined into both.
-#if defined(__GNUC__)
-#define XTALFAST_INLINE inline __attribute__((always_inline))
-#if defined(__x86_64__)
-#define XTALFAST_AVX2 __attribute__((target("avx2,fma")))
-#endif
-#else
-#define XTALFAST_INLINE inline
-#endif
+#include "simd.hpp"
+
+#define XTALFAST_INLINED __attribute__((always_inline)) // of a lambda
 
 namespace xtalfast {
 namespace {
 
 constexpr int block = 16; // elements that loops are padded to, so that they vectorise without a remainder
 
+// Sixteen voxels: one vector of AVX-512, two of AVX2.
+typedef float Wide __attribute__((vector_size(64)));
+typedef std::int32_t WideInt __attribute__((vector_size(64)));
+constexpr int wide = 16;
+
 // 2^x for x <= 0 to 1e-7: the nearest integer into the exponent, a polynomial for the rest. Below 2^-126 it stays
-// there.
-inline float fast_exp2(float x) {
-  x = x < -126.0f ? -126.0f : x;
+// there. V is float or Wide, I the integer of its size.
+template <class V, class I> XTALFAST_INLINE V fast_exp2(V x) {
+  x = x < -126.0f ? V{} - 126.0f : x;
   const float magic = 12582912.0f; // 1.5 x 2^23: adding it leaves the nearest integer in the low bits
-  const float shifted = x + magic;
-  const float f = x - (shifted - magic);
-  float p = 1.32647e-3f; // least maximum relative error on [-1/2, 1/2] with p(0) = 1
-  p = p * f + 9.67151e-3f;
+  const V shifted = x + magic;
+  const V f = x - (shifted - magic);
+  V p = f * 1.32647e-3f + 9.67151e-3f; // least maximum relative error on [-1/2, 1/2] with p(0) = 1
   p = p * f + 5.550734e-2f;
   p = p * f + 2.4022242e-1f;
   p = p * f + 6.9314698e-1f;
   p = p * f + 1.0f;
-  std::int32_t n, bits;
-  std::memcpy(&n, &shifted, 4);
-  std::memcpy(&bits, &p, 4);
+  I n, bits;
+  std::memcpy(&n, &shifted, sizeof n);
+  std::memcpy(&bits, &p, sizeof bits);
   bits += n << 23; // the magic's own bits are shifted out
-  std::memcpy(&p, &bits, 4);
+  std::memcpy(&p, &bits, sizeof bits);
   return p;
 }
-inline double fast_exp2(double x) { return std::exp2(x); }
+XTALFAST_INLINE float fast_exp2(float x) { return fast_exp2<float, std::int32_t>(x); }
+XTALFAST_INLINE double fast_exp2(double x) { return std::exp2(x); }
 
-// An atom as a polynomial in r^2: one fused multiply-add a coefficient for eight voxels, where five exponentials take
+// An atom as a polynomial in r^2: one fused multiply-add a coefficient for sixteen voxels, where five exponentials take
 // sixty instructions. By interpolation at N Chebyshev nodes of 0 <= r^2 <= r2_max. Sums of decaying exponentials have
 // coefficients of alternating signs, so single precision loses nothing against the density at r = 0.
 template <int N> class PolynomialFit {
@@ -119,40 +118,22 @@ template <> Profile<float> make_profile(const double *form_factor, double b, dou
   return profile;
 }
 
-// occupancy x density at each r2, in place; n is a multiple of `block`.
-template <class T> XTALFAST_INLINE void evaluate_terms(const AtomShape<T> shape, T occupancy, T *r2, std::int64_t n) {
-  for (std::int64_t i = 0; i < n; ++i) {
-    T sum = 0;
-    for (int m = 0; m < n_terms; ++m)
-      sum += shape.weight[m] * fast_exp2(-shape.decay[m] * r2[i]);
-    r2[i] = occupancy * sum;
-  }
+// Density of an atom at each r2.
+XTALFAST_INLINE Wide evaluate_terms(const Profile<float> &profile, Wide r2) {
+  Wide sum{};
+  for (int m = 0; m < n_terms; ++m)
+    sum += profile.shape.weight[m] * fast_exp2<Wide, WideInt>(-profile.shape.decay[m] * r2);
+  return sum;
 }
-
-template <int N>
-XTALFAST_INLINE void evaluate_polynomial(const Profile<float> profile, float occupancy, float *r2, std::int64_t n) {
-  for (std::int64_t i = 0; i < n; ++i) {
-    const float x = profile.to_x * r2[i] - 1.0f, x2 = x * x;
-    float even = profile.coefficient[N - 2], odd = profile.coefficient[N - 1]; // two chains: half the latency
+template <int N> XTALFAST_INLINE Wide evaluate_polynomial(const Profile<float> &profile, Wide r2) {
+  const Wide x = profile.to_x * r2 - 1.0f, x2 = x * x;
+  Wide even = Wide{} + profile.coefficient[N - 2], odd = Wide{} + profile.coefficient[N - 1]; // half the latency of one
 #pragma GCC unroll 16
-    for (int k = N - 4; k >= 0; k -= 2) {
-      even = even * x2 + profile.coefficient[k];
-      odd = odd * x2 + profile.coefficient[k + 1];
-    }
-    r2[i] = occupancy * (odd * x + even);
+  for (int k = N - 4; k >= 0; k -= 2) {
+    even = even * x2 + profile.coefficient[k];
+    odd = odd * x2 + profile.coefficient[k + 1];
   }
-}
-
-XTALFAST_INLINE void evaluate(const Profile<float> &profile, float occupancy, float *r2, std::int64_t n) {
-  if (profile.order == low_order)
-    evaluate_polynomial<low_order>(profile, occupancy, r2, n);
-  else if (profile.order == high_order)
-    evaluate_polynomial<high_order>(profile, occupancy, r2, n);
-  else
-    evaluate_terms(profile.shape, occupancy, r2, n);
-}
-XTALFAST_INLINE void evaluate(const Profile<double> &profile, double occupancy, double *r2, std::int64_t n) {
-  evaluate_terms(profile.shape, occupancy, r2, n);
+  return odd * x + even;
 }
 
 // Profiles of the last few pairs of element and B: the atoms of a model, and of its neighbours in a batch, share them.
@@ -268,33 +249,144 @@ template <class T, class F> XTALFAST_INLINE void for_each_piece(const Plane<T> &
   }
 }
 
-template <class T> struct Workspace {
-  Plane<T> plane;
-  ProfileCache<T> profiles;
-  std::vector<T> grad, by_b;
+// The rows of one plane x = const within an atom: what `Plane` holds, for rows that are not cut in pieces.
+struct RowSet {
+  std::vector<float> r2_axis, zeta;
+  std::vector<std::int32_t> z, count;
+
+  void reserve(std::int64_t n) {
+    if (static_cast<std::int64_t>(z.size()) >= n)
+      return;
+    for (auto *values : {&r2_axis, &zeta})
+      values->resize(2 * n);
+    for (auto *values : {&z, &count})
+      values->resize(2 * n);
+  }
 };
 
+template <class T> struct Workspace {
+  Plane<T> plane;
+  RowSet rows;
+  ProfileCache<T> profiles;
+  std::vector<T> grad, by_b, slab;
+};
+
+// Adds one atom to planes x_begin <= x < x_end, rows of `length` each: the first Z of its points, then room for what
+// goes through the face of the cell and for whole vectors.
+template <class Density>
+XTALFAST_INLINE void add_atom(const GridMetric<float> &m, const GridPosition<float> &at, float r2_max,
+                              std::int64_t x_begin, std::int64_t x_end, std::int64_t length, Workspace<float> &work,
+                              Density density) {
+  const float yy = m.yy, zz = m.zz, zy = m.zy, per_z = 1 / zz;
+  const float half_x = std::sqrt(r2_max) * m.reach[0];
+  const auto last = floor_to_int(at.rest[0] + half_x);
+  Wide lane;
+  for (int p = 0; p < wide; ++p)
+    lane[p] = static_cast<float>(p);
+  for (auto step = ceil_to_int(at.rest[0] - half_x); step <= last; ++step) {
+    const std::int64_t x = wrap(at.base[0] + step, m.n[0]);
+    const float dx = static_cast<float>(step) - at.rest[0], r2_plane = m.xx * dx * dx, left = r2_max - r2_plane;
+    if (x < x_begin || x >= x_end || left < 0)
+      continue;
+    const float to_eta = m.yx * dx - at.rest[1], to_z = at.rest[2] - m.zx * dx + m.zy * at.rest[1];
+    const float half_y = std::sqrt(left / yy);
+    const auto first_y = static_cast<std::int32_t>(ceil_to_int(-to_eta - half_y));
+    const auto n_rows = static_cast<std::int32_t>(floor_to_int(half_y - to_eta)) + 1 - first_y;
+    if (n_rows <= 0)
+      continue;
+    work.rows.reserve(n_rows);
+    float *r2_axis = work.rows.r2_axis.data(), *zeta = work.rows.zeta.data();
+    std::int32_t *first_z = work.rows.z.data(), *count = work.rows.count.data();
+    for (std::int32_t r = 0; r < n_rows; ++r) {
+      const auto j = static_cast<float>(first_y + r);
+      const float eta = j + to_eta, z0 = to_z - zy * j, r2 = r2_plane + yy * eta * eta, rest = (r2_max - r2) * per_z;
+      const float half_z = std::sqrt(rest > 0 ? rest : 0.0f), low = z0 - half_z, high = z0 + half_z;
+      auto begin = static_cast<std::int32_t>(low), end = static_cast<std::int32_t>(high);
+      begin += static_cast<float>(begin) < low;
+      end -= static_cast<float>(end) > high;
+      r2_axis[r] = r2;
+      zeta[r] = static_cast<float>(begin) - z0;
+      first_z[r] = begin;
+      count[r] = rest < 0 ? 0 : end - begin + 1;
+    }
+    float *plane = work.slab.data() + (x - x_begin) * m.n[1] * length;
+    for (std::int32_t r = 0; r < n_rows; ++r) {
+      float *row = plane + wrap(at.base[1] + first_y + r, m.n[1]) * length + wrap(at.base[2] + first_z[r], m.n[2]);
+      for (std::int32_t p = 0; p < count[r]; p += wide) {
+        const Wide dz = lane + (zeta[r] + static_cast<float>(p)), r2 = zz * dz * dz + r2_axis[r];
+        Wide sum;
+        std::memcpy(&sum, row + p, sizeof sum);
+        sum += r2 <= r2_max ? density(r2) : Wide{};
+        std::memcpy(row + p, &sum, sizeof sum);
+      }
+    }
+  }
+}
+
 // Planes x_begin <= x < x_end of map `i`.
-template <class T>
 XTALFAST_INLINE void splat_slab(const AtomMaps &maps, std::int64_t i, std::int64_t x_begin, std::int64_t x_end,
-                                T *density, Workspace<T> &work) {
+                                float *density, Workspace<float> &work) {
   const UnitCell cell = make_unit_cell(maps.cells + 6 * i);
-  const GridMetric<T> m = make_grid_metric<T>(cell, maps.grid + 3 * i);
-  T *map = density + maps.offset[i];
-  std::fill(map + x_begin * m.n[1] * m.n[2], map + x_end * m.n[1] * m.n[2], T(0));
+  const GridMetric<float> m = make_grid_metric<float>(cell, maps.grid + 3 * i);
+  const auto profile_of = [&](std::int64_t atom) -> const Profile<float> & {
+    return work.profiles.get(maps, maps.row[atom], static_cast<const float *>(maps.b_iso)[atom]);
+  };
+  float largest = 0;
+  for (std::int64_t atom = maps.ptr[i]; atom < maps.ptr[i + 1]; ++atom)
+    largest = std::max(largest, profile_of(atom).shape.r2_max);
+  const auto beyond = static_cast<std::int64_t>(2 * std::sqrt(largest / m.zz)) + 2; // points of the longest row
+  const std::int64_t n_rows = (x_end - x_begin) * m.n[1], n_z = m.n[2], length = n_z + beyond + wide;
+  work.slab.assign(n_rows * length, 0.0f);
   for (std::int64_t atom = maps.ptr[i]; atom < maps.ptr[i + 1]; ++atom) {
-    const T occupancy = static_cast<const T *>(maps.occupancy)[atom];
-    const Profile<T> &profile = work.profiles.get(maps, maps.row[atom], static_cast<const T *>(maps.b_iso)[atom]);
-    const auto at = make_grid_position(static_cast<const T *>(maps.coords) + 3 * atom, cell, maps.grid + 3 * i);
-    const T r2_max = profile.shape.r2_max, half = std::sqrt(r2_max) * m.reach[0];
+    const float occupancy = static_cast<const float *>(maps.occupancy)[atom];
+    const Profile<float> &profile = profile_of(atom);
+    const auto at = make_grid_position(static_cast<const float *>(maps.coords) + 3 * atom, cell, maps.grid + 3 * i);
+    // Inlined, or they would be compiled for the least processor only.
+    const auto add = [&](auto density) XTALFAST_INLINED {
+      add_atom(m, at, profile.shape.r2_max, x_begin, x_end, length, work, density);
+    };
+    if (profile.order == low_order)
+      add([&](Wide r2) XTALFAST_INLINED { return occupancy * evaluate_polynomial<low_order>(profile, r2); });
+    else if (profile.order == high_order)
+      add([&](Wide r2) XTALFAST_INLINED { return occupancy * evaluate_polynomial<high_order>(profile, r2); });
+    else
+      add([&](Wide r2) XTALFAST_INLINED { return occupancy * evaluate_terms(profile, r2); });
+  }
+  float *to = density + maps.offset[i] + x_begin * m.n[1] * n_z;
+  for (std::int64_t row = 0; row < n_rows; ++row, to += n_z) {
+    const float *from = work.slab.data() + row * length;
+    std::copy_n(from, n_z, to);
+    for (std::int64_t start = n_z; start < n_z + beyond; start += n_z) // through the face, more than once in tiny cells
+      for (std::int64_t z = 0, end = std::min(n_z, n_z + beyond - start); z < end; ++z)
+        to[z] += from[start + z];
+  }
+}
+
+XTALFAST_INLINE void splat_slab(const AtomMaps &maps, std::int64_t i, std::int64_t x_begin, std::int64_t x_end,
+                                double *density, Workspace<double> &work) {
+  const UnitCell cell = make_unit_cell(maps.cells + 6 * i);
+  const auto m = make_grid_metric<double>(cell, maps.grid + 3 * i);
+  double *map = density + maps.offset[i];
+  std::fill(map + x_begin * m.n[1] * m.n[2], map + x_end * m.n[1] * m.n[2], 0.0);
+  for (std::int64_t atom = maps.ptr[i]; atom < maps.ptr[i + 1]; ++atom) {
+    const double occupancy = static_cast<const double *>(maps.occupancy)[atom];
+    const AtomShape<double> &shape =
+        work.profiles.get(maps, maps.row[atom], static_cast<const double *>(maps.b_iso)[atom]).shape;
+    const auto at = make_grid_position(static_cast<const double *>(maps.coords) + 3 * atom, cell, maps.grid + 3 * i);
+    const double half = std::sqrt(shape.r2_max) * m.reach[0];
     const auto last = floor_to_int(at.rest[0] + half);
-    Plane<T> &plane = work.plane;
+    Plane<double> &plane = work.plane;
     for (auto step = ceil_to_int(at.rest[0] - half); step <= last; ++step) {
       const std::int64_t x = wrap(at.base[0] + step, m.n[0]);
       if (x < x_begin || x >= x_end)
         continue;
-      plane.cut(m, at, r2_max, step, x);
-      evaluate(profile, occupancy, plane.values.data(), plane.padded());
+      plane.cut(m, at, shape.r2_max, step, x);
+      for (std::int64_t p = 0; p < plane.used; ++p) {
+        double sum = 0;
+        for (int k = 0; k < n_terms; ++k)
+          sum += shape.weight[k] * fast_exp2(-shape.decay[k] * plane.values[p]);
+        plane.values[p] = occupancy * sum;
+      }
       for_each_piece(plane, m, [&](std::int64_t to, std::int64_t from, std::int64_t count) {
         for (std::int64_t p = 0; p < count; ++p)
           map[to + p] += plane.values[from + p];
@@ -303,24 +395,12 @@ XTALFAST_INLINE void splat_slab(const AtomMaps &maps, std::int64_t i, std::int64
   }
 }
 
-#ifdef XTALFAST_AVX2
-XTALFAST_AVX2 void splat_avx2(const AtomMaps &maps, std::int64_t i, std::int64_t x_begin, std::int64_t x_end,
-                              float *density, Workspace<float> &work) {
+XTALFAST_CLONES void splat_one(const AtomMaps &maps, std::int64_t i, std::int64_t x_begin, std::int64_t x_end,
+                               float *density, Workspace<float> &work) {
   splat_slab(maps, i, x_begin, x_end, density, work);
 }
-const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#endif
-
-void splat_best(const AtomMaps &maps, std::int64_t i, std::int64_t x_begin, std::int64_t x_end, float *density,
-                Workspace<float> &work) {
-#ifdef XTALFAST_AVX2
-  if (has_avx2)
-    return splat_avx2(maps, i, x_begin, x_end, density, work);
-#endif
-  splat_slab(maps, i, x_begin, x_end, density, work);
-}
-void splat_best(const AtomMaps &maps, std::int64_t i, std::int64_t x_begin, std::int64_t x_end, double *density,
-                Workspace<double> &work) {
+void splat_one(const AtomMaps &maps, std::int64_t i, std::int64_t x_begin, std::int64_t x_end, double *density,
+               Workspace<double> &work) {
   splat_slab(maps, i, x_begin, x_end, density, work);
 }
 
@@ -335,7 +415,7 @@ template <class T> void splat(const AtomMaps &maps, T *density, int n_threads) {
 #pragma omp for schedule(dynamic)
     for (std::int64_t job = 0; job < maps.n_maps * slabs; ++job) {
       const std::int64_t i = job / slabs, slab = job % slabs, n = maps.grid[3 * i];
-      splat_best(maps, i, n * slab / slabs, n * (slab + 1) / slabs, density, work);
+      splat_one(maps, i, n * slab / slabs, n * (slab + 1) / slabs, density, work);
     }
   }
 }
@@ -364,19 +444,8 @@ XTALFAST_INLINE void differentiate(const AtomShape<T> shape, const ChangeWithB<T
   }
 }
 
-#ifdef XTALFAST_AVX2
-XTALFAST_AVX2 void differentiate_avx2(const AtomShape<float> &shape, const ChangeWithB<float> &change, float *r2,
-                                      float *grad, float *by_b, std::int64_t n) {
-  differentiate(shape, change, r2, grad, by_b, n);
-}
-#endif
-
-void differentiate_all(const AtomShape<float> &shape, const ChangeWithB<float> &change, float *r2, float *grad,
-                       float *by_b, std::int64_t n) {
-#ifdef XTALFAST_AVX2
-  if (has_avx2)
-    return differentiate_avx2(shape, change, r2, grad, by_b, n);
-#endif
+XTALFAST_CLONES void differentiate_all(const AtomShape<float> &shape, const ChangeWithB<float> &change, float *r2,
+                                       float *grad, float *by_b, std::int64_t n) {
   differentiate(shape, change, r2, grad, by_b, n);
 }
 void differentiate_all(const AtomShape<double> &shape, const ChangeWithB<double> &change, double *r2, double *grad,

@@ -8,8 +8,15 @@ import pytest
 import torch
 
 from xtalfast import _native
-from xtalfast.ops import density_map, limit_resolution, map_from_structure_factors, structure_factors
-from xtalfast.ops.structure_factors import filter_spectrum_reference
+from xtalfast.ops import (
+    density_map,
+    limit_resolution,
+    map_from_structure_factors,
+    patterson_map,
+    structure_factors,
+)
+from xtalfast.ops._cells import volumes
+from xtalfast.ops.structure_factors import filter_spectrum_reference, inverse_d2
 from xtalfast.testing import assert_within_twin_error
 
 CELL = (9.0, 10.5, 12.0, 100.0, 110.0, 95.0)
@@ -114,9 +121,53 @@ def test_filter_matches_reference(shape, d_min, blur, f000, dtype):
     ours = torch.ops.xtalfast.filter_spectrum(spectrum, *arguments)
     twin = filter_spectrum_reference(spectrum, *arguments)
     exact = filter_spectrum_reference(spectrum.to(torch.complex128), *arguments)
-    terms = 4 * exact.abs().max()  # scale, s^2, exponential and product are rounded, in another order
+    # Scale, s^2, exponential and product are rounded, in another order; an error of the exponent counts as often as the
+    # exponent is large.
+    exponent = blur / 4 * float(inverse_d2(CELLS, *shape).max())
+    terms = (4 + exponent) * exact.abs().max()
     assert_within_twin_error(*(torch.view_as_real(v.resolve_conj()) for v in (ours, twin, exact)), terms)
     assert torch.equal(ours == 0, twin == 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+@pytest.mark.parametrize("d_min", [None, 1.3, 4.0, 30.0])
+@pytest.mark.parametrize(
+    "shape",
+    [(20, 24, 24), (21, 25, 26), (36, 40, 52), (14, 22, 38), (17, 34, 20), (1, 1, 2), (2, 3, 2), (5, 1, 8), (9, 8, 6)],
+    ids=lambda s: "x".join(map(str, s)),
+)
+def test_compiled_transforms_are_those_of_torch(shape, d_min, dtype):
+    """There and back, and the Patterson map, against torch.fft, which runs where a gradient is wanted."""
+    if d_min is not None and any(2 * int(a / d_min) + 1 > n for a, n in zip(CELLS[:, :3].max(0).values, shape)):
+        d_min = 30.0
+    density = random_maps(shape, dtype=dtype)
+    exact = density.double().clone().requires_grad_()
+    twin = density.clone().requires_grad_()
+    options = {"d_min": d_min, "f000": d_min == 4.0, "blur": 2.0 if d_min == 1.3 else 0.0}
+
+    def compare(ours, twin, exact, terms):
+        if exact.is_complex():
+            ours, twin, exact = (torch.view_as_real(v.detach().resolve_conj()) for v in (ours, twin, exact))
+        assert_within_twin_error(ours, twin.detach(), exact.detach(), terms)
+
+    f, f_twin, f_exact = (structure_factors(v, CELLS, **options) for v in (density, twin, exact))
+    assert f_twin.requires_grad and not f.requires_grad
+    # The terms of F(h) add up to the electrons of the cell; a pass of a transform rounds, and so does the filter.
+    electrons = (density.double().mean((1, 2, 3)) * volumes(CELLS)).max()
+    compare(f, f_twin, f_exact, 8 * electrons * (2 if options["blur"] else 1))
+    maps = [map_from_structure_factors(v, CELLS) for v in (f, f_exact.to(f.dtype), f_exact)]
+    compare(*maps, 8 * (2 * f_exact.detach().abs().sum((1, 2, 3)) / volumes(CELLS)).max())  # with Friedel mates
+    pattersons = [patterson_map(v, CELLS, d_min=d_min) for v in (density, twin, exact)]
+    compare(*pattersons, 8 * pattersons[2].abs().max())
+
+
+@pytest.mark.parametrize("n", [(23, 24, 24), (24, 29, 24), (24, 24, 46), (24, 24, 25)], ids=str)
+def test_awkward_sizes_are_left_to_torch(n):
+    assert _native.C is None or not _native.C.can_transform(n)
+    density = random_maps(n)
+    expected = torch.fft.rfftn(density, dim=(1, 2, 3)).conj() / density[0].numel()
+    volume = torch.tensor([gemmi.UnitCell(*cell).volume for cell in CELLS.tolist()]).view(-1, 1, 1, 1)
+    assert torch.allclose(structure_factors(density, CELLS), expected * volume)
 
 
 def test_limit_resolution_keeps_the_sphere_and_nothing_else():

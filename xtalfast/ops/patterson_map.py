@@ -29,6 +29,7 @@ from xtalfast.ops.structure_factors import (
     check_maps,
     full_n_z,
     has_kernel,
+    has_transform,
     inside_sphere,
     inverse_d2,
     kernel_spectra,
@@ -100,12 +101,24 @@ def _spectrum_intensity(spectrum, cells, n_z, scale, volume_power, inverse_d2_ma
 def _patterson_map(intensity, n_z):
     if not has_kernel(intensity.device) or intensity.numel() == 0:
         return patterson_map_reference(intensity, n_z)
+    n_maps, n_x, n_y = intensity.shape[:3]
+    patterson = intensity.new_empty((n_maps, n_x, n_y, n_z))
+    if n_y % 2 == 0 and has_transform(intensity, (n_x, n_y, n_z)):
+        intensity = intensity.contiguous()
+        _native.C.intensities_to_pattersons(
+            n_maps=n_maps,
+            n=(n_x, n_y, n_z),
+            n_l=intensity.shape[3],
+            wide=intensity.dtype == torch.float64,
+            input=intensity.data_ptr(),
+            out=patterson.data_ptr(),
+            n_threads=torch.get_num_threads(),
+        )
+        return patterson
     # Over x from real values, so that planes 0 .. X / 2 are all there is to know; then y and z on those planes.
     half = torch.fft.ihfft(intensity, dim=1, norm="forward")
     half = torch.fft.ifft(half, dim=2, norm="forward")
     half = torch.fft.irfft(half, n=n_z, dim=3, norm="forward").contiguous()
-    n_maps, n_x, n_y = intensity.shape[:3]
-    patterson = intensity.new_empty((n_maps, n_x, n_y, n_z))
     run_kernel(
         _native.C.mirror_map,
         intensity.device,

@@ -6,10 +6,10 @@
 rho is real, so F(-h) = conj F(h) and the last index runs from 0 to Z // 2 only: entry [i, j, l] is h = i or i - X,
 k = j or j - Y (the smaller in size, `torch.fft.fftfreq`), l.
 
-The transforms are torch.fft's: on the CPU that is MKL, which no FFT that may enter this package beats by more than some
-tens of percent, and on the GPU cuFFT, with plans, streams and memory looked after. What is ours is the one pass between
-them, which conjugates (torch transforms with the other sign), scales, cuts the sphere of resolution and takes out the
-blur. Equal maps are transformed as one batch, in parallel over the maps; maps of other sizes batch after batch.
+On the CPU the transforms are our own (csrc/fourier.cpp): one map a thread, and without the lines that the sphere of
+resolution leaves empty, which are a third to a half of the work. Where a gradient is wanted, on the GPU, and for odd or
+awkward sizes torch.fft transforms, and one pass of ours conjugates (torch transforms with the other sign), scales, cuts
+the sphere and takes out the blur. Maps of one size are a batch; maps of other sizes follow, batch after batch.
 
 Example:
     >>> density, cells = torch.rand(1, 20, 24, 24), torch.tensor([[10.0, 11.0, 12.0, 90.0, 100.0, 90.0]])
@@ -85,6 +85,16 @@ def _(spectrum, cells, n_z, scale, volume_power, inverse_d2_max, f000, blur):
 def has_kernel(device: torch.device) -> bool:
     """True where the compiled kernels can run."""
     return _native.C is not None and (device.type == "cpu" or _native.C.with_cuda)
+
+
+def has_transform(maps: Tensor, n: tuple[int, ...]) -> bool:
+    """True where the compiled Fourier transforms take `maps`, which are, or become, maps of sizes `n`."""
+    return has_kernel(maps.device) and maps.device.type == "cpu" and len(maps) > 0 and _native.C.can_transform(n)
+
+
+def wants_gradient(maps: Tensor) -> bool:
+    """True where only differentiable operations will do."""
+    return torch.compiler.is_compiling() or (torch.is_grad_enabled() and maps.requires_grad)
 
 
 def run_kernel(function: Callable[..., int], device: torch.device, **arguments) -> None:
@@ -190,6 +200,18 @@ def structure_factors(
     def transform(batch: Tensor, batch_cells: Tensor) -> Tensor:
         shape = batch.shape[1:]
         limit = sphere(batch_cells, shape, d_min)
+        if not wants_gradient(batch) and has_transform(batch, tuple(shape)):
+            batch, batch_cells = batch.detach().contiguous(), batch_cells.contiguous()
+            out = batch.new_empty((*batch.shape[:3], shape[2] // 2 + 1), dtype=batch.dtype.to_complex())
+            _native.C.maps_to_spectra(
+                spectra=kernel_spectra(out, batch_cells, shape[2], 1 / math.prod(shape), 1, limit, f000),
+                n_z=shape[2],
+                blur=float(blur),
+                input=batch.data_ptr(),
+                out=out.data_ptr(),
+                n_threads=torch.get_num_threads(),
+            )
+            return out
         spectrum = torch.fft.rfftn(batch, dim=(1, 2, 3))
         return torch.ops.xtalfast.filter_spectrum(
             spectrum, batch_cells, shape[2], 1 / math.prod(shape), 1, limit, f000, float(blur)
@@ -218,6 +240,17 @@ def map_from_structure_factors(f: Maps, cells: Tensor, *, n_z: int | None = None
 
     def transform(batch: Tensor, batch_cells: Tensor) -> Tensor:
         z = full_n_z(batch, n_z)
+        if not wants_gradient(batch) and has_transform(batch, (*batch.shape[1:3], z)):
+            batch, batch_cells = batch.detach().resolve_conj().contiguous(), batch_cells.contiguous()
+            maps = batch.new_empty((*batch.shape[:3], z), dtype=batch.dtype.to_real())
+            _native.C.spectra_to_maps(
+                spectra=kernel_spectra(batch, batch_cells, z, 1.0, -1, math.inf, True),
+                n_z=z,
+                input=batch.data_ptr(),
+                out=maps.data_ptr(),
+                n_threads=torch.get_num_threads(),
+            )
+            return maps
         spectrum = torch.ops.xtalfast.filter_spectrum(batch, batch_cells, z, 1.0, -1, math.inf, True, 0.0)
         return torch.fft.irfftn(spectrum, s=(batch.shape[1], batch.shape[2], z), dim=(1, 2, 3), norm="forward")
 
