@@ -18,6 +18,7 @@
 #include "profile_fit.hpp"
 #include "spot_voxels.hpp"
 #include "structure_factors.hpp"
+#include "tight_cell.hpp"
 
 namespace py = pybind11;
 
@@ -357,6 +358,15 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("n_maps"), py::arg("n"), py::arg("wide"), py::arg("half"), py::arg("map"), py::arg("on_cuda"),
       py::arg("stream"), py::arg("n_threads"));
+  m.def("has_contact", [](std::uintptr_t coords, std::int64_t n, std::uintptr_t orth, double distance) {
+    return xtalfast::has_contact({pointer<double>(coords), n}, pointer<double>(orth), distance);
+  });
+  m.def("tight_cell_growth", [](std::uintptr_t coords, std::int64_t n, std::uintptr_t directions,
+                                std::uintptr_t extents, double distance, double step, double most) {
+    const py::gil_scoped_release release;
+    return xtalfast::tight_cell_growth({pointer<double>(coords), n}, pointer<double>(directions),
+                                       pointer<double>(extents), distance, step, most);
+  });
   m.def("can_transform", [](const std::array<std::int64_t, 3> &n) { return xtalfast::can_transform(n.data()); });
   m.def(
       "maps_to_spectra",

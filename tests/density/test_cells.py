@@ -6,6 +6,7 @@ import gemmi
 import numpy as np
 import pytest
 
+from xtalfast import _native
 from xtalfast.density import cells
 
 
@@ -46,9 +47,19 @@ def test_has_contact_against_brute_force():
         orth = cells.orthogonalization(cell)
         distance = rng.uniform(1, 6)
         found = cells.has_contact(coords, orth, distance)
+        assert found == cells.has_contact_reference(coords, orth, distance)
         assert found == (brute_force_contact(coords, orth) <= distance)
         seen.add(found)
     assert seen == {True, False}
+
+
+def test_cells_are_the_same_without_the_extension(molecules, monkeypatch):
+    rng = np.random.default_rng(7)
+    turned = [(coords @ cells.random_rotation(rng).T, cells.draw_angles(rng)[0]) for coords in molecules * 3]
+    with_it = [cells.tight_cell(coords, np.ones(len(coords)), angles) for coords, angles in turned]
+    monkeypatch.setattr(_native, "C", None)
+    for (coords, angles), one in zip(turned, with_it):
+        assert cells.tight_cell(coords, np.ones(len(coords)), angles).cell == pytest.approx(one.cell, abs=1e-9)
 
 
 def test_placement_is_a_proper_motion_to_the_centre(molecules):

@@ -7,11 +7,14 @@ plane. Ref: RecCrysFormer paper, Appendix B.
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from xtalfast import _native
 
 Array = NDArray[np.float64]
 
@@ -90,6 +93,14 @@ def _half_lattice(n_a: int, n_b: int, n_c: int) -> Array:
 
 def has_contact(coords: Array, orth: Array, distance: float) -> bool:
     """Whether an atom of `coords` [M, 3] lies within `distance` (A) of a lattice copy of itself or another atom."""
+    coords, orth = np.ascontiguousarray(coords, float), np.ascontiguousarray(orth, float)
+    if _native.C is None:
+        return has_contact_reference(coords, orth, distance)
+    return _native.C.has_contact(coords.ctypes.data, len(coords), orth.ctypes.data, distance)
+
+
+def has_contact_reference(coords: Array, orth: Array, distance: float) -> bool:
+    """The definition of `has_contact`, in numpy."""
     if np.linalg.norm(orth, axis=0).min() <= distance:
         return True  # each atom meets its own copy
     # In fractions of the cell: copies further away than the molecule is long and the distance wide are out of reach.
@@ -130,13 +141,24 @@ def tight_cell(
     Returns:
         None if contacts remain when the edges have grown by 25 A.
     """
+    coords = np.ascontiguousarray(coords, float)
     extents = np.ptp(coords, axis=0)
-    directions = orthogonalization([1, 1, 1, *angles])
-    for growth in np.arange(step, _MAX_GROWTH + step / 2, step):
-        edges = extents + growth
-        if not has_contact(coords, directions * edges, min_contact):
-            return _standard_setting(coords, mass, np.concatenate([edges, angles]))
-    return None
+    directions = np.ascontiguousarray(orthogonalization([1, 1, 1, *angles]))
+    growth = _growth(coords, directions, extents, min_contact, step)
+    if growth < 0:
+        return None
+    return _standard_setting(coords, mass, np.concatenate([extents + growth, angles]))
+
+
+def _growth(coords: Array, directions: Array, extents: Array, min_contact: float, step: float) -> float:
+    """What to add to the edges until there is no contact, A; -1 if nothing helps."""
+    if _native.C is not None:
+        addresses = (array.ctypes.data for array in (directions, extents))
+        return _native.C.tight_cell_growth(coords.ctypes.data, len(coords), *addresses, min_contact, step, _MAX_GROWTH)
+    for i in range(1, math.floor(_MAX_GROWTH / step + 0.5) + 1):
+        if not has_contact_reference(coords, directions * (extents + i * step), min_contact):
+            return i * step
+    return -1.0
 
 
 def _standard_setting(coords: Array, mass: Array, cell: Array) -> Placement:
