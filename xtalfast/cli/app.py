@@ -49,8 +49,9 @@ app.command()(solve.solve)
 app.command()(modify.modify)
 app.command("phase-error")(phase_error.phase_error)
 app.command()(doctor.doctor)
-train_app = typer.Typer(no_args_is_help=True, help="Train a network apart from integrating.")
+train_app = typer.Typer(no_args_is_help=True, help="Train a network.")
 train_app.command("integration")(train.integration)
+train_app.command("density")(train.density)
 app.add_typer(train_app, name="train")
 
 

@@ -1,4 +1,4 @@
-"""`xtalfast train integration`: a network from one or several shoebox stores."""
+"""`xtalfast train`: networks apart from using them."""
 
 from __future__ import annotations
 
@@ -57,4 +57,50 @@ def integration(
         f"{config.combination}: {result.steps} steps on {result.n_train} reflections in {result.seconds:.0f} s, "
         f"held-out loss {min(row['val_loss'] for row in result.history):.4f} nats a reflection ({result.n_held_out})"
     )
+    typer.echo(f"wrote {result.checkpoint}")
+
+
+def density(
+    fragments: Annotated[Path, typer.Argument(metavar="SET", help="Directory written by xtalfast fragments.")],
+    output: OutputOption,
+    preset: Annotated[
+        str, typer.Option(metavar="NAME", help="paper, paper-recycle, fast, dipeptide or dipeptide-small.")
+    ] = "paper",
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Change one setting of network or training; may be repeated."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Optimiser steps. [epochs of the preset]")] = None,
+    recycle_from: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Network whose predictions become templates.")
+    ] = None,
+    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu or cuda[:N].")] = "auto",
+    restart: Annotated[bool, typer.Option("--restart", help="Ignore the checkpoints of an interrupted run.")] = False,
+    seed: SeedOption = 0,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Train a network that turns Patterson maps into density; the same command resumes an interrupted run.
+
+    Example: `xtalfast fragments structures.tar.xz -o set --preset dipeptide`, then
+    `xtalfast train density set -o run --preset dipeptide-small`, then
+    `xtalfast phase data.mtz --sequence AG --weights run/best.ckpt -o phased`.
+    Under `torchrun --nproc-per-node N -m xtalfast.cli train ...` each process takes its part of every batch.
+    """
+    from xtalfast.density.fragment_set import FragmentSet
+    from xtalfast.density.train_config import changed_settings, density_preset
+    from xtalfast.density.training import train_density
+
+    network, training = changed_settings(*density_preset(preset), setting or [])
+    opened = FragmentSet.open(fragments)
+    make_output(output)
+    with logging_to(output / "xtalfast.log", quiet), ProgressBars(quiet) as progress:
+        result = train_density(
+            opened, network, training, output, seed=seed, max_steps=steps, recycle_from=recycle_from,
+            resume=not restart, device=device, progress=progress,
+        )  # fmt: skip
+    if quiet:
+        return
+    best = max(result.history, key=lambda row: row["val_pc"])
+    typer.echo(f"{result.steps} steps in {result.seconds:.0f} s, best validation PC {best['val_pc']:.4f}")
     typer.echo(f"wrote {result.checkpoint}")

@@ -330,6 +330,7 @@ class GridBatches(Sampler[Request]):
         dataset: what the requests are for.
         batch_size: examples in a batch, at most.
         min_batch: smaller batches are left out, as the paper does; 1 keeps every example.
+        max_voxels: of a batch; larger grids come in smaller batches, down to min_batch examples.
         shuffle: random order and random batches.
         rank, world_size: of this process.
     """
@@ -340,6 +341,7 @@ class GridBatches(Sampler[Request]):
         batch_size: int,
         *,
         min_batch: int = 1,
+        max_voxels: int | None = None,
         shuffle: bool = True,
         rank: int = 0,
         world_size: int = 1,
@@ -349,6 +351,7 @@ class GridBatches(Sampler[Request]):
         if not 0 <= rank < world_size:
             raise InputError(f"rank must be 0 to {world_size - 1}, got {rank}")
         self.dataset, self.batch_size, self.min_batch, self.shuffle = dataset, batch_size, min_batch, shuffle
+        self.max_voxels = max_voxels
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
         self._made: tuple[int, Plan, list[NDArray[np.int64]]] | None = None
@@ -356,7 +359,7 @@ class GridBatches(Sampler[Request]):
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def _batches(self) -> tuple[Plan, list[NDArray[np.int64]]]:
+    def whole(self) -> tuple[Plan, list[NDArray[np.int64]]]:
         """The plan of this epoch and the rows of all its batches, the same on every rank."""
         if self._made is None or self._made[0] != self.epoch:
             plan = self.dataset.plan(self.epoch)
@@ -367,7 +370,10 @@ class GridBatches(Sampler[Request]):
             changes = np.flatnonzero((np.diff(grids[order], axis=0) != 0).any(axis=1)) + 1
             batches = []
             for run in np.split(rows[order], changes):
-                batches += np.split(run, range(self.batch_size, len(run), self.batch_size))
+                size = self.batch_size
+                if self.max_voxels is not None:
+                    size = min(size, max(self.min_batch, self.max_voxels // int(plan.grids[run[0]].prod())))
+                batches += np.split(run, range(size, len(run), size))
             batches = [batch for batch in batches if len(batch) >= self.min_batch]
             if self.shuffle:
                 batches = [batches[i] for i in rng.permutation(len(batches))]
@@ -375,10 +381,10 @@ class GridBatches(Sampler[Request]):
         return self._made[1], self._made[2]
 
     def __len__(self) -> int:
-        return math.ceil(len(self._batches()[1]) / self.world_size)
+        return math.ceil(len(self.whole()[1]) / self.world_size)
 
     def __iter__(self) -> Iterator[Request]:
-        plan, batches = self._batches()
+        plan, batches = self.whole()
         for i in range(len(self)):
             rows = batches[(i * self.world_size + self.rank) % len(batches)]
             yield self.dataset.request(rows, plan, self.epoch)

@@ -155,7 +155,7 @@ class RecCrysFormerConfig:
     def dipeptide(cls, **changes: Any) -> Self:
         """The network of the paper's dipeptide runs (its Table 3)."""
         sizes: dict[str, Any] = {"dim": 512, "ff_dim": 512, "heads": 8, "depth": 6, "n_residues": 2}
-        return cls(**(sizes | {"max_grid": (40, 40, 40)} | changes))
+        return cls(**(sizes | {"max_grid": (64, 64, 64)} | changes))
 
 
 _EXACT_UP_TO = 2048

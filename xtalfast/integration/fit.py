@@ -12,13 +12,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from xtalfast.errors import InputError, MissingExtraError
-from xtalfast.integration.checkpoint import load_checkpoint, resume_run
+from xtalfast.errors import InputError
+from xtalfast.integration.checkpoint import Run, load_checkpoint, resume_run
 from xtalfast.integration.config import IntegrationConfig
 from xtalfast.integration.data import CachedProfiles, ProfileSource, ShoeboxSource, common_box
-from xtalfast.integration.device import choose_device
+from xtalfast.integration.device import launch
 from xtalfast.integration.evaluate import evaluate
 from xtalfast.integration.trainer import Progress, Trainer, TrainingData
 
@@ -100,7 +100,7 @@ def train(
         reference_profiles = None
     elif reference_profiles is None or len(reference_profiles) != len(stores):
         raise InputError('profile "dials" needs one source of reference_profiles for each store')
-    fabric = _launch(config.train.precision, device)
+    fabric = launch(config.train.precision, device)
     if fabric.is_global_zero:
         run_dir.mkdir(parents=True, exist_ok=True)
         if not resume:
@@ -114,7 +114,8 @@ def train(
         fabric, TrainingData.split(fabric, stores, config, seed, reference_profiles), config, seed, max_steps
     )
     if (run_dir / "last.ckpt").is_file():
-        trainer.run = resume_run(run_dir / "last.ckpt", trainer.identity, trainer.network, trainer.optimizer)
+        saved = resume_run(run_dir / "last.ckpt", trainer.identity, trainer.network, trainer.optimizer)
+        trainer.run = Run(**saved["run"])
         logger.info("training resumes at step %d of %d", trainer.run.step, trainer.total)
     fabric.barrier()
     trainer.fit(run_dir, progress)
@@ -139,22 +140,3 @@ def _cache_profiles(
                 cached.append(CachedProfiles(source, store, run_dir / _PROFILES.format(number)))
         fabric.barrier()
     return cached
-
-
-def _launch(precision: Literal["32-true", "bf16-mixed", "16-mixed"], device: str) -> Fabric:
-    try:
-        from lightning.fabric import Fabric
-    except ImportError as error:
-        raise MissingExtraError("lightning", "train", "training") from error
-    chosen = choose_device(device)
-    # torchrun sets these; started alone, this is the one process.
-    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    fabric = Fabric(
-        accelerator=chosen.type,
-        devices=local if chosen.index is None else [chosen.index],
-        num_nodes=world // local,
-        precision=precision,
-        strategy="ddp" if world > 1 else "auto",
-    )
-    fabric.launch()
-    return fabric

@@ -91,7 +91,7 @@ class Trainer:
         run, loader = self.run, self.data.loader
         self.model, self.optimizer = self.fabric.setup(self.network, self.optimizer)
         self.model.mark_forward_method("losses")
-        board = _board(run_dir) if self.fabric.is_global_zero else None
+        board = tensorboard(run_dir) if self.fabric.is_global_zero else None
         started = time.monotonic() - run.seconds
         while run.step < self.total and run.stale < (self.config.patience or self.total):
             last = min(_next_stop(run.step, loader.steps_per_epoch, self.config.checkpoint_every), self.total)
@@ -114,7 +114,7 @@ class Trainer:
                 continue
             for name in ("best.ckpt", "last.ckpt") if better else ("last.ckpt",):
                 save_checkpoint(run_dir / name, self.identity, self.network, self.optimizer, run)
-            write_text(run_dir / "history.csv", _csv(run.history))
+            write_text(run_dir / "history.csv", csv_text(run.history))
             board.log_metrics({name: value for name, value in row.items() if name != "step"}, step=run.step)
         if board is not None:
             board.finalize("success")
@@ -169,7 +169,8 @@ class Trainer:
         return total
 
 
-def _board(run_dir: Path) -> Any:
+def tensorboard(run_dir: Path) -> Any:
+    """Logger of scalars below `run_dir`."""
     try:
         from lightning.fabric.loggers import TensorBoardLogger
 
@@ -205,5 +206,6 @@ def _usable(store: ShoeboxSource) -> NDArray[np.bool_]:
     return (np.asarray(store.metadata["reason"]) & NO_SPOT) == 0
 
 
-def _csv(history: list[dict[str, float]]) -> str:
+def csv_text(history: list[dict[str, float]]) -> str:
+    """One line a row under the names of the first."""
     return "\n".join([",".join(history[0]), *(",".join(f"{v:.9g}" for v in row.values()) for row in history), ""])
