@@ -17,27 +17,26 @@ from xtalfast.density import RecCrysFormer
 
 def embed(module, x: Tensor, batch_norm) -> Tensor:
     """Circular convolution, batch norm, patches, linear layer between layer norms."""
-    weight = module.conv.weight
+    weight = module.conv_weight
     half = weight.shape[-1] // 2
-    y = batch_norm(module.norm, F.conv3d(F.pad(x, (half,) * 6, mode="circular"), weight))
+    y = batch_norm(module.batch_norm, F.conv3d(F.pad(x, (half,) * 6, mode="circular"), weight))
     p = module.patch
     b, c, X, Y, Z = y.shape
     blocks = y.reshape(b, c, X // p, p, Y // p, p, Z // p, p)
-    order = (0, 2, 4, 6, 3, 5, 7, 1) if module.channels_last else (0, 2, 4, 6, 1, 3, 5, 7)
-    return module.norm_out(module.linear(module.norm_in(blocks.permute(order).reshape(b, -1, c * p**3))))
+    order = (0, 2, 4, 6, 3, 5, 7, 1) if module.order == "(ph pw pd c)" else (0, 2, 4, 6, 1, 3, 5, 7)
+    return module.norm(module.projection(module.patch_norm(blocks.permute(order).reshape(b, -1, c * p**3))))
 
 
 def attention(module, x: Tensor, residues: Tensor) -> Tensor:
     """One-way Nystrom attention over the concatenated sequence."""
-    config = module.config
-    heads, m = config.heads, config.landmarks
+    heads, m = module.heads, module.landmarks
     n = x.shape[1]
     x = F.pad(x, (0, 0, -n % m, 0))
     s = x.shape[1]
     residues = F.pad(residues, (0, 0, -(s + residues.shape[1]) % m, 0))
     both = module.to_qkv(torch.cat([x, residues], 1))
-    q, k, v = (part.unflatten(-1, (heads, config.dim_head)).transpose(1, 2) for part in both.chunk(3, -1))
-    q = q[:, :, :s] * config.dim_head**-0.5
+    q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in both.chunk(3, -1))
+    q = q[:, :, :s] * q.shape[-1] ** -0.5
     q_landmarks = q.unflatten(2, (m, -1)).mean(3)
     k_landmarks = k.unflatten(2, (m, -1)).mean(3)
     similarity = q_landmarks @ k_landmarks.mT
@@ -45,17 +44,17 @@ def attention(module, x: Tensor, residues: Tensor) -> Tensor:
         similarity = similarity * module.gate.sigmoid()
     first, second, third = ((a).softmax(-1) for a in (q @ k_landmarks.mT, similarity, q_landmarks @ k.mT))
     columns, rows = second.sum(-1), second.sum(-2)
-    if config.pinv_scale == "batch":
+    if module.pinv_scale == "batch":
         scale = columns.max() * rows.max()
     else:
         scale = (columns.amax(-1) * rows.amax(-1))[..., None, None]
     z, eye = second.mT / scale, torch.eye(m, dtype=x.dtype, device=x.device)
-    for _ in range(config.pinv_iterations):
+    for _ in range(module.iterations):
         az = second @ z
         z = 0.25 * z @ (13 * eye - az @ (15 * eye - az @ (7 * eye - az)))
     mixed = (first @ z) @ (third @ v)
-    taps = module.conv.shape[1]
-    along = F.conv2d(v, module.conv[:, None, :, None], padding=(taps // 2, 0), groups=heads)
+    taps = module.residual.shape[1]
+    along = F.conv2d(v, module.residual[:, None, :, None], padding=(taps // 2, 0), groups=heads)
     mixed = mixed + along[:, :, :s]
     return module.dropout(module.to_out(mixed.transpose(1, 2).flatten(2)))[:, -n:]
 
@@ -86,6 +85,6 @@ def forward(model: RecCrysFormer, patterson: Tensor, residue_ids: Tensor, templa
     for block in model.blocks:
         skip = y
         for norm, conv in zip(block.norms, block.convs):
-            y = F.conv3d(batch_norm(norm, F.relu(y)), conv.weight, conv.bias, padding=conv.kernel_size[0] // 2)
+            y = F.conv3d(batch_norm(norm, F.relu(y)), conv.weight, conv.bias, padding=conv.weight.shape[-1] // 2)
         y = y + (F.relu(skip) if config.legacy_inplace_skip else skip)
     return torch.tanh(F.conv3d(y, model.last.weight, model.last.bias, padding=1))

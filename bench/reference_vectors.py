@@ -102,7 +102,7 @@ def reduce(arrays: dict[str, NDArray], path: Path) -> None:
                 shape = [1, shape[0] * shape[1], shape[2]]
             elif name == "positions":
                 shape = [1, *shape]
-            elif name.endswith("attention.conv"):
+            elif name.endswith("attention.residual"):
                 shape = [shape[0], 1, shape[1], 1]
             sliced = np.array(value)[tuple(slice(n) for n in shape)]
             small[key] = sliced.astype(np.float16 if sliced.dtype.kind == "f" else sliced.dtype)

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from xtalfast.density import RecCrysFormer, RecCrysFormerConfig, load_reference_state_dict
-from xtalfast.density.model_layers import conv3d_periodic, conv_tokens
 from xtalfast.density.model_weights import our_name
 from xtalfast.errors import InputError
 from xtalfast.testing import assert_within_twin_error
@@ -181,7 +180,7 @@ def test_padding_is_centred_and_cropped():
     [
         {"attention": "exact"},
         {"mask_padding": True},
-        {"pinv_ridge": 1e-3},
+        {"pinv": "ridge"},
         {"residue_patches": 3},
         {"positions": "metric"},
         {"decoder_blocks": 0},
@@ -230,20 +229,3 @@ def test_bad_input():
         RecCrysFormerConfig(attention="full")
     with pytest.raises(InputError, match="unknown network settings width"):
         RecCrysFormerConfig.from_dict({"width": 3})
-
-
-@pytest.mark.parametrize("shape", [(8, 12, 10), (4, 5, 3)], ids=str)
-def test_periodic_convolution_is_the_direct_one(shape):
-    x = torch.randn(2, 2, *shape, dtype=torch.float64)
-    weight = torch.randn(3, 2, 7, 7, 7, dtype=torch.float64)
-    direct = torch.zeros(2, 3, *shape, dtype=torch.float64)
-    for i, j, k in np.ndindex(7, 7, 7):
-        direct += torch.einsum("bcxyz,oc->boxyz", x.roll((3 - i, 3 - j, 3 - k), (2, 3, 4)), weight[:, :, i, j, k])
-    assert (conv3d_periodic(x, weight) - direct).abs().max() < 1e-11
-
-
-@pytest.mark.parametrize(("n", "length"), [(5, 9), (64, 64), (65, 200), (130, 131)])
-def test_convolution_along_tokens(n, length):
-    v, weight = torch.randn(2, 3, length, 4).double(), torch.randn(3, 33).double()
-    direct = torch.nn.functional.conv2d(v, weight[:, None, :, None], padding=(16, 0), groups=3)[:, :, :n]
-    assert (conv_tokens(v, weight, n) - direct).abs().max() < 1e-12

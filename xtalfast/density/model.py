@@ -15,17 +15,11 @@ from torch import Tensor, nn
 
 from xtalfast.density.maps import residue_maps as standard_residue_maps
 from xtalfast.density.model_config import RecCrysFormerConfig
-from xtalfast.density.model_layers import (
-    Attention,
-    FeedForward,
-    PatchEmbed,
-    ResidualBlock,
-    conv3d_same,
-    from_patches,
-)
+from xtalfast.density.model_layers import FeedForward, PatchEmbed, ResidualBlock, from_patches, make_attention
 from xtalfast.density.model_positions import MetricPositions
 from xtalfast.density.model_residues import ResidueBranch, ResidueTokens
 from xtalfast.density.scale import PAPER_SCALE
+from xtalfast.nn import PeriodicConv3d
 
 
 class Layer(nn.Module):
@@ -35,15 +29,16 @@ class Layer(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(config.dim)
         self.norm_residues = nn.LayerNorm(config.dim)
-        self.attention = Attention(config)
+        self.attention = make_attention(config)
         self.norm_ff = nn.LayerNorm(config.dim)
         self.feed_forward = FeedForward(config)
 
     def forward(self, x: Tensor, residues: ResidueTokens) -> Tensor:
         # Residues are asked nothing: their queries, a third of the projection, are never computed.
         weight = self.attention.to_qkv.weight
-        kv = residues.keys_and_values(self.norm_residues, weight[len(weight) // 3 :])
-        x = x + self.attention(self.norm(x), kv)
+        known = residues.keys_and_values(self.norm_residues, weight[len(weight) // 3 :])
+        k, v = (self.attention.split_heads(part) for part in known.chunk(2, -1))
+        x = x + self.attention(self.norm(x), context_kv=(k, v))
         return x + self.feed_forward(self.norm_ff(x))
 
 
@@ -62,7 +57,10 @@ class RecCrysFormer(nn.Module):
         self.config = config
         if residue_maps is None:
             residue_maps = standard_residue_maps() / PAPER_SCALE.density
-        self.embed = PatchEmbed(config, 2 if config.recycle else 1, channels_last=True)
+        self.embed = PatchEmbed(
+            2 if config.recycle else 1, config.dim,
+            channels=config.channels, kernel=config.stem_kernel, patch=config.patch, order="(ph pw pd c)",
+        )  # fmt: skip
         if config.positions == "table":
             self.positions = nn.Parameter(torch.randn(config.max_tokens, config.dim))
         else:
@@ -73,7 +71,7 @@ class RecCrysFormer(nn.Module):
         width = config.channels * config.patch**3
         self.head = nn.Sequential(nn.LayerNorm(config.dim), nn.Linear(config.dim, width), nn.LayerNorm(width))
         self.blocks = nn.ModuleList(ResidualBlock(config) for _ in range(config.decoder_blocks))
-        self.last = nn.Conv3d(config.channels, 1, 3)
+        self.last = PeriodicConv3d(config.channels, 1, 3, padding=config.decoder_padding)
 
     def forward(
         self, patterson: Tensor, residue_ids: Tensor, template: Tensor | None = None, cell: Tensor | None = None
@@ -115,8 +113,7 @@ class RecCrysFormer(nn.Module):
         y = from_patches(self.head(tokens), config.patch, grid)
         for block in self.blocks:
             y = block(y)
-        wrap = config.decoder_padding == "wrap"
-        density = torch.tanh(conv3d_same(y, self.last.weight, self.last.bias, wrap))
+        density = torch.tanh(self.last(y))
         for axis, n in enumerate(reversed(spare)):
             density = density.narrow(2 + axis, n // 2, grid[axis] - n)
         return density

@@ -34,7 +34,7 @@ class RecCrysFormerConfig:
         legacy_inplace_skip: residual blocks skip from relu(x) instead of x, as in weights published with the paper.
         pinv_scale: "matrix" scales each pseudo-inverse by itself; "batch" by the largest of the whole batch, as the
             public implementation does, which makes an example's output depend on its batch.
-        pinv_ridge: solve for the pseudo-inverse with this ridge instead of iterating; None iterates.
+        pinv: "iterative", or "ridge": regularised least squares instead, for weights trained with it.
         mask_padding: leave the zero tokens out that fill sequences up to a multiple of `landmarks`.
         decoder_padding: "zeros" outside the cell, or "wrap" around it.
         sim_gate: a learned gate on the similarities of landmarks.
@@ -67,7 +67,7 @@ class RecCrysFormerConfig:
     residue_patches: int | None = None
     legacy_inplace_skip: bool = False
     pinv_scale: Literal["matrix", "batch"] = "matrix"
-    pinv_ridge: float | None = None
+    pinv: Literal["iterative", "ridge"] = "iterative"
     mask_padding: bool = False
     decoder_padding: Literal["zeros", "wrap"] = "zeros"
     sim_gate: bool = True

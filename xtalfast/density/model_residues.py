@@ -57,7 +57,9 @@ class ResidueBranch(nn.Module):
         self.config = config
         self.register_buffer("maps", residue_maps[:, None].clone())
         self.maps: Tensor
-        self.embed = PatchEmbed(config, 1, channels_last=False)
+        self.embed = PatchEmbed(
+            1, config.dim, channels=config.channels, kernel=config.stem_kernel, patch=config.patch, order="(c ph pw pd)"
+        )
         kept = config.residue_patches or config.residue_tokens
         self.positions = nn.Parameter(torch.randn(config.n_residues, config.residue_tokens, config.dim))
         self.register_buffer("kept", densest_patches(residue_maps, config.patch, kept), persistent=False)
@@ -68,7 +70,7 @@ class ResidueBranch(nn.Module):
         config = self.config
         n_slots = residue_ids.shape[1]
         distinct, residue, counts = torch.unique(residue_ids, return_inverse=True, return_counts=True)
-        embedded = self.embed(self.maps[distinct].to(self.embed.linear.weight.dtype), counts)
+        embedded = self.embed(self.maps[distinct].to(self.embed.conv_weight.dtype), counts)
         positions = self.positions[:n_slots]
         pairs, pair = torch.unique(
             residue * n_slots + torch.arange(n_slots, device=residue.device), return_inverse=True

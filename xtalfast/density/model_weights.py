@@ -12,23 +12,23 @@ from xtalfast.errors import InputError
 
 _NAMES = [
     (r"pos_embedding", r"positions"),
-    (r"conv1\.(.*)", r"embed.conv.\1"),
-    (r"bn1\.(.*)", r"embed.norm.\1"),
-    (r"conv1_p\.(.*)", r"residues.embed.conv.\1"),
-    (r"bn1_p\.(.*)", r"residues.embed.norm.\1"),
-    (r"to_patch_embedding\.1\.(.*)", r"embed.norm_in.\1"),
-    (r"to_patch_embedding\.2\.(.*)", r"embed.linear.\1"),
-    (r"to_patch_embedding\.3\.(.*)", r"embed.norm_out.\1"),
+    (r"conv1\.(.*)", r"embed.conv_\1"),
+    (r"bn1\.(.*)", r"embed.batch_norm.\1"),
+    (r"conv1_p\.(.*)", r"residues.embed.conv_\1"),
+    (r"bn1_p\.(.*)", r"residues.embed.batch_norm.\1"),
+    (r"to_patch_embedding\.1\.(.*)", r"embed.patch_norm.\1"),
+    (r"to_patch_embedding\.2\.(.*)", r"embed.projection.\1"),
+    (r"to_patch_embedding\.3\.(.*)", r"embed.norm.\1"),
     (r"transformer\.pos_embedding", r"residues.positions"),
-    (r"transformer\.partial_structure_to_patch_embedding\.1\.(.*)", r"residues.embed.norm_in.\1"),
-    (r"transformer\.partial_structure_to_patch_embedding\.2\.(.*)", r"residues.embed.linear.\1"),
-    (r"transformer\.partial_structure_to_patch_embedding\.3\.(.*)", r"residues.embed.norm_out.\1"),
+    (r"transformer\.partial_structure_to_patch_embedding\.1\.(.*)", r"residues.embed.patch_norm.\1"),
+    (r"transformer\.partial_structure_to_patch_embedding\.2\.(.*)", r"residues.embed.projection.\1"),
+    (r"transformer\.partial_structure_to_patch_embedding\.3\.(.*)", r"residues.embed.norm.\1"),
     (r"transformer\.layers\.(\d+)\.0\.norm\.(.*)", r"layers.\1.norm.\2"),
     (r"transformer\.layers\.(\d+)\.0\.norm_p\.(.*)", r"layers.\1.norm_residues.\2"),
     (r"transformer\.layers\.(\d+)\.0\.fn\.att_mask", r"layers.\1.attention.gate"),
     (r"transformer\.layers\.(\d+)\.0\.fn\.to_qkv\.weight", r"layers.\1.attention.to_qkv.weight"),
     (r"transformer\.layers\.(\d+)\.0\.fn\.to_out\.0\.(.*)", r"layers.\1.attention.to_out.\2"),
-    (r"transformer\.layers\.(\d+)\.0\.fn\.res_conv\.weight", r"layers.\1.attention.conv"),
+    (r"transformer\.layers\.(\d+)\.0\.fn\.res_conv\.weight", r"layers.\1.attention.residual"),
     (r"transformer\.layers\.(\d+)\.1\.norm\.(.*)", r"layers.\1.norm_ff.\2"),
     (r"transformer\.layers\.(\d+)\.1\.fn\.net\.(\d+)\.(.*)", r"layers.\1.feed_forward.layers.\2.\3"),
     (r"from_patch_embedding\.(\d+)\.(.*)", r"head.\1.\2"),
@@ -75,7 +75,7 @@ def load_reference_state_dict(model: RecCrysFormer, state_dict: Mapping[str, Ten
             value = value.squeeze(0)[: wanted[0]]
         elif name == "residues.positions":
             value = value.squeeze(0)[: wanted[0] * wanted[1]].reshape(-1, *wanted[1:])
-        elif name.endswith("attention.conv"):
+        elif name.endswith("attention.residual"):
             value = value.flatten(1)
         if value.shape != wanted:
             misfits.append(f"{key} {list(state_dict[key].shape)} for {name} {list(wanted)}")

@@ -123,7 +123,7 @@ def density_preset(name: str) -> tuple[RecCrysFormerConfig, DensityTrainConfig]:
     if name == "dipeptide-small":
         small = replace(
             paper, epochs=1, batch=16, accumulate=1, lr=1.5e-3, warmup=0.05, div=25, beta2=0.98, weight_decay=1e-2,
-            mse=1.0, pc=5e-3, precision="bf16-mixed", ema=0.99, max_validation=256, validate_every=100,
+            mse=1.0, pc=5e-3, precision="bf16-mixed", ema=0.99, max_validation=256, validate_every=250,
         )  # fmt: skip
         return RecCrysFormerConfig.fast(**SMALL_NETWORK), small
     raise InputError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")

@@ -125,4 +125,5 @@ def update_batch_norm(norm: nn.BatchNorm3d, mean: Tensor, var: Tensor, n: Tensor
     norm.num_batches_tracked += 1
     momentum = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
     norm.running_mean += momentum * (mean - norm.running_mean)
+    n = n.double() if isinstance(n, Tensor) else n  # torch divides integers in single precision
     norm.running_var += momentum * (var * (n / (n - 1)) - norm.running_var)
