@@ -93,10 +93,10 @@ class RecCrysFormer(nn.Module):
         """
         self._check(patterson, residue_ids, template, cell)
         config = self.config
-        x = patterson
+        x = patterson.to(self.embed.conv_weight.dtype)
         if config.centre_patterson:
             x = x.roll([n // 2 for n in x.shape[2:]], (2, 3, 4))
-        x = x if template is None else torch.cat([x, template], 1)
+        x = x if template is None else torch.cat([x, template.to(x.dtype)], 1)
         spare = [-n % config.patch for n in x.shape[:1:-1]]
         x = F.pad(x, [part for n in spare for part in (n // 2, n - n // 2)])
         grid = (x.shape[2], x.shape[3], x.shape[4])

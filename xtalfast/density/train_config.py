@@ -20,6 +20,7 @@ class DensityTrainConfig:
     Attributes:
         epochs: passes over the fragments.
         batch: examples of one grid that go through the network together.
+        min_batch: smaller batches are left out; at least one example for each process.
         accumulate: such batches in one optimiser step.
         max_voxels: of a batch; larger grids come in smaller batches. None for no limit.
         lr: the largest learning rate; it starts at lr / div and ends at lr / (div x final_div).
@@ -42,6 +43,7 @@ class DensityTrainConfig:
 
     epochs: int = 110
     batch: int = 10
+    min_batch: int = 1
     accumulate: int = 4
     max_voxels: int | None = None
     lr: float = 1.4e-3
@@ -65,7 +67,7 @@ class DensityTrainConfig:
     template: Literal["original", "modified"] = "modified"
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "accumulate", "max_validation", "validate_every"):
+        for name in ("epochs", "batch", "min_batch", "accumulate", "max_validation", "validate_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be 1 or more, got {getattr(self, name)}")
         for name in ("warmup", "ema", "held_out"):
@@ -123,7 +125,7 @@ def density_preset(name: str) -> tuple[RecCrysFormerConfig, DensityTrainConfig]:
     if name == "dipeptide-small":
         small = replace(
             paper, epochs=1, batch=16, accumulate=1, lr=1.5e-3, warmup=0.05, div=25, beta2=0.98, weight_decay=1e-2,
-            mse=1.0, pc=5e-3, precision="bf16-mixed", ema=0.99, max_validation=256, validate_every=250,
+            mse=1.0, pc=5e-3, precision="bf16-mixed", ema=0.99, max_validation=128, validate_every=100,
         )  # fmt: skip
         return RecCrysFormerConfig.fast(**SMALL_NETWORK), small
     raise InputError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")

@@ -150,8 +150,9 @@ class DensityTrainer:
         options: dict[str, Any] = {"multiple": max(model_config.patch, 4), "device": fabric.device, "seed": seed}
         changed = augmentation if not config.rotate else Augmentation(**{**vars(augmentation), "rotate": True})
         self.dataset = ExampleDataset(store.select(np.flatnonzero(~held_out)), fragments.scale, changed, **options)
-        world = fabric.world_size
-        limits: dict[str, Any] = {"min_batch": world, "max_voxels": config.max_voxels}
+        if config.min_batch < fabric.world_size:
+            raise InputError(f"min_batch must be at least the number of processes, {fabric.world_size}")
+        limits: dict[str, Any] = {"min_batch": config.min_batch, "max_voxels": config.max_voxels}
         self.batches = GridBatches(self.dataset, config.batch, **limits)
         rows = np.flatnonzero(held_out)
         picked = rows[:: max(1, len(rows) // config.max_validation)][: config.max_validation]

@@ -100,12 +100,19 @@ class PeriodicConv3d(nn.Module):
         relu: bool = False,
         statistics: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """Convolve; the other arguments fuse a BatchNorm before and the statistics of one after (see the op)."""
+        """Convolve; the other arguments fuse a BatchNorm before and the statistics of one after (see the op).
+
+        The map's dtype decides, so that under autocast the convolution runs in the precision of the layer before.
+        """
+
+        def like_x(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(x.dtype)
+
         return conv3d_periodic(
-            *(x, self.weight, self.bias),
+            *(x, self.weight.to(x.dtype), like_x(self.bias)),
             padding=self.padding,
-            channel_scale=channel_scale,
-            channel_shift=channel_shift,
+            channel_scale=like_x(channel_scale),
+            channel_shift=like_x(channel_shift),
             relu=relu,
             statistics=statistics,
         )
