@@ -53,7 +53,7 @@ def conv3d_periodic_reference(
     y = functional.conv3d(around, weight, bias)
     if not statistics:
         return y
-    lit = torch.relu(y)
+    lit = torch.relu(y).to(torch.promote_types(y.dtype, torch.float32))
     return y, lit.mean((0, 2, 3, 4)), lit.var((0, 2, 3, 4), correction=0)
 
 
