@@ -3,8 +3,9 @@
 - `intensity.sum.*`: own summation: counts of the foreground above the robust mean of the background pixels. It is the
   recorded part of the reflection: dials.scale divides it by `partiality`.
 - `intensity.prf.*`: likelihood only (`ops.profile_fit`): one weighted linear fit of intensity and background, with
-  weights and variance taken at the posterior mean. Unbiased, may be negative; what dials.scale should see. It is the
-  intensity of the whole reflection: what lies outside box, scan or mask is supplied by the profile, as in DIALS.
+  weights and variance taken at the intensity expected from the other observations of the reflection (`references`; at
+  its own posterior mean where it has none, or is strong). Unbiased, may be negative; what dials.scale should see. It is
+  the intensity of the whole reflection: what lies outside box, scan or mask is supplied by the profile, as in DIALS.
 - `intensity.vi.*`: exact posterior mean and variance (`ops.intensity_posterior`) under the empirical Wilson prior, of
   the whole reflection. Shrunk and positive: for looking at, not for merging.
 - `intensity.q.*`: mean and variance of a network's own q(I), when there is one.
@@ -16,9 +17,9 @@ has that in every channel. A box without a single photon has a summation varianc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,10 +30,12 @@ from xtalfast.errors import InputError
 from xtalfast.integration.background import robust_background
 from xtalfast.integration.gaussian_rs import ReferenceProfiles
 from xtalfast.integration.priors import BackgroundPrior, Priors, WilsonPrior, centric_and_epsilon, space_groups
+from xtalfast.integration.references import Observations, leave_one_out, relative_scales
 from xtalfast.integration.spot_shape import SpotWidths, images_in_scan, rotation_edges
 from xtalfast.integration.spot_voxels import SpotPixels
 from xtalfast.io import Flag
 from xtalfast.masks import BACKGROUND, FOREGROUND, used_pixels
+from xtalfast.metrics.equivalents import canonical_index
 from xtalfast.models import Array, Experiment
 from xtalfast.ops import intensity_posterior, profile_fit
 
@@ -40,7 +43,8 @@ Progress = Callable[[str, int, int], None]
 
 VALID_PROFILE = 0.75  # share of the recorded profile that must be unmasked, DIALS' valid_foreground_threshold
 MIN_RECORDED = 0.1  # share of the whole spot that must be recorded
-PRIOR_ROWS = 20000  # reflections that the priors are fitted to
+FIRST_LOOK_ERROR = 0.05  # of a strong reflection fitted with the weights of a weak one
+STRONG = 20.0  # sigmas from which a reflection is its own reference
 
 
 @dataclass
@@ -193,16 +197,21 @@ class _Symmetry:
     centric: NDArray[np.bool_]
     epsilon: Array
     correction: Array
+    absent: NDArray[np.bool_]  # systematically: of them the prior knows nothing
+
+    def of(self, rows: NDArray) -> _Symmetry:
+        return _Symmetry(*(getattr(self, f.name)[rows] for f in fields(self)))
 
 
 def _symmetry(store: Any, experiments: Sequence[Experiment]) -> _Symmetry:
     d = np.asarray(store.metadata["d"][:], float)
-    centric, epsilon = np.zeros(store.n, bool), np.ones(store.n)
+    centric, epsilon, absent = np.zeros(store.n, bool), np.ones(store.n), np.zeros(store.n, bool)
     hkl = np.asarray(store.metadata["hkl"][:])
     for rows, group in space_groups(experiments, np.asarray(store.metadata["id"][:])):
         centric[rows], epsilon[rows] = centric_and_epsilon(hkl[rows], group)
+        absent[rows] = group.operations().systematic_absences(np.ascontiguousarray(hkl[rows], np.int32))
     correction = np.asarray(store.metadata["lp"][:], float)
-    return _Symmetry(d, centric, epsilon, np.where(np.isfinite(correction) & (correction > 0), correction, 1.0))
+    return _Symmetry(d, centric, epsilon, np.where(np.isfinite(correction) & (correction > 0), correction, 1.0), absent)
 
 
 def _usable(profile: Tensor, coverage: Array, batch: _Batch, use: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -213,53 +222,96 @@ def _usable(profile: Tensor, coverage: Array, batch: _Batch, use: NDArray[np.boo
     return (seen >= VALID_PROFILE * recorded) & (seen * coverage >= MIN_RECORDED) & (use.sum(axis=1) >= 2)
 
 
-def fit_priors(
+class _FirstLook(NamedTuple):
+    """Prior-free values of all rows of a store: what priors and references are made of."""
+
+    intensity: Array  # [N] counts, of the whole spot
+    variance: Array  # [N], -1 where there is none
+    background: Array  # [N] counts per pixel
+    background_variance: Array  # [N], -1 where there is none
+
+
+def _views(store: Any) -> Iterator[tuple[NDArray[np.int64], Any]]:
+    """The rows of each size of box, and a store of them."""
+    if store.box is not None:
+        yield np.arange(store.n), store
+        return
+    for view in store.by_size():
+        yield view.rows, view
+
+
+def _first_look(
     store: Any,
     source: Any,
     experiments: Sequence[Experiment],
-    *,
-    reference: ReferenceProfiles | None = None,
-    widths: SpotWidths | None = None,
-    batch: int = 2048,
-    progress: Progress | None = None,
-) -> Priors:
-    """Wilson and background prior from likelihood-only estimates of up to PRIOR_ROWS evenly chosen reflections.
+    reference: ReferenceProfiles | None,
+    widths: SpotWidths,
+    batch: int,
+    tell: Progress,
+) -> _FirstLook:
+    """Fits with the weights of spots without intensity: fixed by the background alone, unbiased, good when weak."""
+    found = _FirstLook(*(np.zeros(store.n) for _ in range(4)))
+    done = 0
+    for rows_of, view, own, given in _sources(store, source, reference):
+        for start in range(0, len(rows_of), batch):
+            at = np.arange(start, min(start + batch, len(rows_of)))
+            part = _read(view, experiments, widths, at)
+            columns, _, use = _sum(part)
+            profile, coverage = _profiles(own, given, at)
+            good = _usable(profile, coverage, part, use)
+            weights = (0.0, torch.from_numpy(np.maximum(columns["background.mean"], 1e-3)))
+            fit = profile_fit(torch.from_numpy(part.counts), torch.from_numpy(use), profile, at=weights)
+            good &= np.isfinite(fit.var_i.numpy())
+            share = np.where(good, coverage, 1.0)  # some boxes hold nothing of their spot
+            rows = rows_of[at]
+            found.intensity[rows] = np.where(good, fit.i.numpy() / share, 0.0)
+            found.variance[rows] = np.where(good, fit.var_i.numpy() / share**2, -1.0)
+            found.background[rows] = columns["background.mean"]
+            found.background_variance[rows] = np.where(good, columns["background.variance"], -1.0)
+            done += len(at)
+            tell("priors", done, store.n)
+    return found
 
-    Arguments as for `estimate`.
 
-    Raises:
-        InputError: not a single reflection can be fitted.
-    """
-    reference, widths = _geometry_of(source, reference, experiments, widths)
-    rows = np.unique(np.linspace(0, store.n - 1, min(store.n, PRIOR_ROWS)).round().astype(np.int64))
-    symmetry = _symmetry(store, experiments)
-    found: list[Array] = []
-    for start in range(0, len(rows), batch):
-        part = _read(store, experiments, widths, rows[start : start + batch])
-        columns, _, use = _sum(part)
-        profile, coverage = _profiles(source, reference, part.rows)
-        fit = profile_fit(torch.from_numpy(part.counts), torch.from_numpy(use), profile)
-        good = _usable(profile, coverage, part, use)
-        share = np.where(good, coverage, 1.0)  # some boxes hold nothing of their spot
-        values = np.stack(
-            [
-                fit.i.numpy() / share,
-                fit.var_i.numpy() / share**2,
-                columns["background.mean"],
-                columns["background.variance"],
-                part.rows,
-            ]
-        )
-        found.append(values[:, good])
-        if progress:
-            progress("priors", min(start + batch, len(rows)), len(rows))
-    intensity, variance, mean, mean_variance, row = np.concatenate(found, axis=1) if found else np.zeros((5, 0))
-    at = row.astype(np.int64)
-    d, known = symmetry.d[at], mean_variance > 0
+def _fit_priors(first: _FirstLook, symmetry: _Symmetry) -> Priors:
+    """Wilson and background prior of the rows that could be fitted, absent reflections left out."""
+    good = (first.variance > 0) & ~symmetry.absent
+    # Weights of weak spots make strong ones noisy beyond their variance: a relative error stands for that.
+    variance = first.variance + (FIRST_LOOK_ERROR * first.intensity) ** 2
+    some, known = good & (first.variance > 0), good & (first.background_variance > 0)
     return Priors(
-        WilsonPrior.fit(intensity, variance, d, symmetry.epsilon[at], symmetry.correction[at]),
-        BackgroundPrior.fit(mean[known], mean_variance[known], d[known]),
+        WilsonPrior.fit(
+            first.intensity[some], variance[some], symmetry.d[some], symmetry.epsilon[some], symmetry.correction[some]
+        ),
+        BackgroundPrior.fit(first.background[known], first.background_variance[known], symmetry.d[known]),
     )
+
+
+def _references(
+    store: Any, experiments: Sequence[Experiment], first: _FirstLook, symmetry: _Symmetry, priors: Priors
+) -> tuple[Array, NDArray[np.bool_]]:
+    """Intensity of each row expected from its symmetry mates, and whether it has any."""
+    ids = np.asarray(store.metadata["id"][:], np.int64)
+    hkl = np.asarray(store.metadata["hkl"][:])
+    key = np.zeros(store.n, np.int64)
+    for n, (rows, group) in enumerate(space_groups(experiments, ids)):
+        # one number per reflection and space group: crystals of several groups are not mates
+        key[rows] = canonical_index(hkl[rows], group)[0] * 8 + n % 8
+    nothing = (hkl == 0).all(axis=1)  # spots without Miller indices are no mates of each other
+    key[nothing] = -1 - np.flatnonzero(nothing)
+    unique = np.unique(key, return_inverse=True)[1].ravel()
+    phi = np.zeros(store.n)
+    for number in np.unique(ids[ids >= 0]):
+        scan = experiments[int(number)].scan
+        if scan is not None:
+            at = ids == number
+            phi[at] = np.asarray(store.metadata["xyzcal_px"][:, 2], float)[at] * abs(scan.oscillation[1])
+    data = Observations(
+        first.intensity, np.where(symmetry.absent, -1.0, first.variance), unique, symmetry.correction, ids, phi
+    )
+    scale = relative_scales(data)
+    wilson = priors.intensity.mean(symmetry.d, symmetry.epsilon, symmetry.correction)
+    return leave_one_out(data, scale, wilson)
 
 
 def _geometry_of(
@@ -299,7 +351,7 @@ def estimate(
     """Integrate every reflection of a store.
 
     Args:
-        store: ShoeboxStore with one size of box.
+        store: ShoeboxStore, boxes of one size or several.
         source: spot profiles, anything with `profiles(rows) -> float32 [B, P]`: `ReferenceProfiles`, `NetworkProfiles`.
         experiments: one per `id` of the store.
         reference: knows which share of a spot its box and the scan hold; None takes `source` if it does, else every
@@ -315,47 +367,62 @@ def estimate(
         Estimates, one row per row of the store.
 
     Raises:
-        InputError: boxes of several sizes, no widths to be had, or no reflection that the priors can be fitted to.
+        InputError: no widths to be had, or no reflection that the priors can be fitted to.
     """
-    if store.box is None:
-        raise InputError("estimates need boxes of one size: extract the store with box=(z, y, x), not 'bbox'")
     reference, widths = _geometry_of(source, reference, experiments, widths)
-    if priors is None:
-        priors = fit_priors(
-            store, source, experiments, reference=reference, widths=widths, batch=batch, progress=progress
-        )
+    tell = progress or (lambda stage, done, total: None)
     symmetry = _symmetry(store, experiments)
+    first = _first_look(store, source, experiments, reference, widths, batch, tell)
+    if priors is None:
+        priors = _fit_priors(first, symmetry)
+    expected, known = _references(store, experiments, first, symmetry, priors)
+    expected = np.where(known, expected, np.nan)
     columns: dict[str, NDArray] = {}
     flags = np.zeros(store.n, np.uint64)
-    for start in range(0, store.n, batch):
-        rows = np.arange(start, min(start + batch, store.n))
-        part = _read(store, experiments, widths, rows)
-        found, complete, use = _sum(part)
-        profile, coverage = _profiles(source, reference, rows)
-        usable = _usable(profile, coverage, part, use)
-        fitted = _fit(part, use, profile, coverage, usable, priors, symmetry, device)
-        usable, found = usable & (fitted["intensity.prf.variance"] > 0), found | fitted
-        if reference is not None:
-            found["partiality"] = reference.partiality(rows).numpy().astype(float)
-        if network is not None:
-            moments = network.moments(rows)
-            some = part.used.any(axis=1)
-            found["intensity.q.value"] = np.where(some, moments["mean_i"] / coverage, 0.0)
-            found["intensity.q.variance"] = np.where(some, moments["var_i"] / coverage**2, -1.0)
-        for name, values in found.items():
-            columns.setdefault(name, np.zeros(store.n, values.dtype))[rows] = values
-        for good, done, failed in (
-            (complete, Flag.IntegratedSum, Flag.FailedDuringSummation),
-            (usable, Flag.IntegratedPrf, Flag.FailedDuringProfileFitting),
-        ):
-            flags[rows] |= np.where(good, np.uint64(done), np.uint64(failed))
-        bad = (part.inside & part.in_scan & ~part.used).any(axis=1)
-        flags[rows] |= np.where(bad, np.uint64(Flag.ForegroundIncludesBadPixels), np.uint64(0))
-        if progress:
-            progress("estimate", int(rows[-1]) + 1, store.n)
+    done_rows = 0
+    for rows_of, view, own, given in _sources(store, source, reference):
+        for start in range(0, len(rows_of), batch):
+            at = np.arange(start, min(start + batch, len(rows_of)))
+            rows = rows_of[at]
+            part = _read(view, experiments, widths, at)
+            found, complete, use = _sum(part)
+            profile, coverage = _profiles(own, given, at)
+            usable = _usable(profile, coverage, part, use)
+            fitted = _fit(part, use, profile, coverage, usable, priors, symmetry.of(rows), expected[rows], device)
+            usable, found = usable & (fitted["intensity.prf.variance"] > 0), found | fitted
+            if given is not None:
+                found["partiality"] = given.partiality(at).numpy().astype(float)
+            if network is not None:
+                moments = network.moments(at)
+                some = part.used.any(axis=1)
+                found["intensity.q.value"] = np.where(some, moments["mean_i"] / coverage, 0.0)
+                found["intensity.q.variance"] = np.where(some, moments["var_i"] / coverage**2, -1.0)
+            for name, values in found.items():
+                columns.setdefault(name, np.zeros(store.n, values.dtype))[rows] = values
+            for good, done, failed in (
+                (complete, Flag.IntegratedSum, Flag.FailedDuringSummation),
+                (usable, Flag.IntegratedPrf, Flag.FailedDuringProfileFitting),
+            ):
+                flags[rows] |= np.where(good, np.uint64(done), np.uint64(failed))
+            bad = (part.inside & part.in_scan & ~part.used).any(axis=1)
+            flags[rows] |= np.where(bad, np.uint64(Flag.ForegroundIncludesBadPixels), np.uint64(0))
+            done_rows += len(at)
+            tell("estimate", done_rows, store.n)
     result = Estimates(columns, flags, priors)
     result.diagnostics = _diagnostics(result, widths)
     return result
+
+
+def _sources(
+    store: Any, source: Any, reference: ReferenceProfiles | None
+) -> Iterator[tuple[NDArray[np.int64], Any, Any, ReferenceProfiles | None]]:
+    """Rows of each size of box, a store of them, and the sources of profile and coverage for that store."""
+    for rows, view in _views(store):
+        if view is store:
+            yield rows, view, source, reference
+        else:
+            given = reference.on(view) if reference is not None else None
+            yield rows, view, given if source is reference else source.on(view), given
 
 
 def _fit(
@@ -366,9 +433,13 @@ def _fit(
     usable: NDArray[np.bool_],
     priors: Priors,
     symmetry: _Symmetry,
+    expected: Array,
     device: torch.device | str,
 ) -> dict[str, NDArray]:
-    """Posterior and likelihood-only columns of a batch; 0 with variance -1 where the profile cannot be fitted."""
+    """Posterior and likelihood-only columns of a batch; 0 with variance -1 where the profile cannot be fitted.
+
+    `symmetry` and `expected`, the intensity that the symmetry mates give (NaN without any), are of its rows.
+    """
     rows = part.rows
     failed = {
         "intensity.prf.value": 0.0,
@@ -380,16 +451,18 @@ def _fit(
     columns = {name: np.full(len(rows), value) for name, value in failed.items()}
     if not usable.any():
         return columns
-    at, kept = rows[usable], coverage[usable]
+    kept, law = coverage[usable], symmetry.of(usable)
     counts = torch.from_numpy(part.counts[usable]).to(device)
     mask, shape = torch.from_numpy(use[usable]).to(device), profile[usable].to(device)
-    shape_i, rate_i = priors.intensity.gamma(
-        symmetry.d[at], symmetry.centric[at], symmetry.epsilon[at], symmetry.correction[at]
-    )
+    shape_i, rate_i = priors.intensity.gamma(law.d, law.centric, law.epsilon, law.correction)
     prior_i = (shape_i.to(device), (rate_i / torch.from_numpy(kept)).to(device))  # of the part inside the box
-    shape_bg, rate_bg = priors.background.gamma(symmetry.d[at])
+    shape_bg, rate_bg = priors.background.gamma(law.d)
     posterior = intensity_posterior(counts, mask, shape, prior_i, (shape_bg.to(device), rate_bg.to(device)))
-    fit = profile_fit(counts, mask, shape, at=(posterior.mean_i, posterior.mean_bg))
+    # A strong reflection knows its own intensity better than scales between images tell it, and its noise is small.
+    mates, own = torch.from_numpy(expected[usable] * kept).to(device), posterior.mean_i
+    strong = own > STRONG * posterior.var_i.sqrt()
+    weights = torch.where(torch.isnan(mates) | strong, own, mates)
+    fit = profile_fit(counts, mask, shape, at=(weights, posterior.mean_bg))
     found = {
         "intensity.prf.value": fit.i.cpu().numpy() / kept,
         "intensity.prf.variance": fit.var_i.cpu().numpy() / kept**2,

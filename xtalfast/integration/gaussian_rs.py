@@ -210,6 +210,19 @@ class ReferenceProfiles:
         )
         return result
 
+    def on(self, store: Any) -> ReferenceProfiles:
+        """The same profiles for the reflections of another store."""
+        return type(self)(
+            store,
+            self.experiments,
+            self.widths,
+            self.shape,
+            self.cells,
+            self.density,
+            self.history,
+            self.n_strong,
+        )
+
     def _whitened(self, geometry: Geometry) -> Whitened:
         xx, xy, yy = self.shape.psf
         psf = torch.tensor([[xx, xy], [xy, yy]], dtype=torch.float32)
