@@ -213,14 +213,14 @@ PYBIND11_MODULE(_C, m) {
         });
   m.def("density_voxels_backward",
         [](const py::dict &boxes, const py::dict &spots, const py::dict &density, std::uintptr_t factor_0,
-           std::uintptr_t factor_1, std::uintptr_t sum_0, std::uintptr_t sum_1) {
+           std::uintptr_t factor_1, std::uintptr_t sum_0, std::uintptr_t sum_1, int n_threads) {
           const xtalfast::SpotBoxes b = spot_boxes(boxes);
           const xtalfast::WhitenedSpots s = whitened_spots(spots);
           const xtalfast::SpotDensity d = spot_density(density);
           const float *const factors[2] = {pointer<float>(factor_0), pointer<float>(factor_1)};
           double *const sums[2] = {pointer<double>(sum_0), pointer<double>(sum_1)};
           const py::gil_scoped_release release;
-          xtalfast::density_voxels_backward(b, s, d, factors, sums);
+          xtalfast::density_voxels_backward(b, s, d, factors, sums, n_threads);
         });
 
   m.def("find_impossible_cell", [](std::uintptr_t cells, std::int64_t n) {

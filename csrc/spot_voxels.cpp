@@ -87,14 +87,23 @@ XTALFAST_INLINE void visit_nodes(const SpotBoxes &b, const WhitenedSpots &s, con
   const float *m = s.inverse + 3 * at, *c = s.centre + 2 * at, *steps = s.steps + 2 * s.n_sub * at;
   const std::int64_t nodes = d.nodes, wide = nodes + 2; // a border of zeros
   const float per_node = (nodes - 1) / (2 * d.extent), last = static_cast<float>(nodes);
+  float reach[2] = {d.extent + 1 / per_node, d.extent + 1 / per_node}; // of pixel centres with a node on the grid
+  for (std::int64_t k = 0; k < 2; ++k) {
+    float farthest = 0;
+    for (std::int64_t n = 0; n < s.n_sub; ++n)
+      farthest = std::max(farthest, std::abs(steps[2 * n + k]));
+    reach[k] += farthest;
+  }
   for (std::int64_t j = 0; j < b.n_y * b.n_x; ++j) {
     const float u = m[0] * e1[j] - c[0], v = m[1] * e1[j] + m[2] * e2[j] - c[1];
+    if (std::abs(u) > reach[0] || std::abs(v) > reach[1])
+      continue;
     for (std::int64_t k = 0; k < s.n_sub; ++k) {
       const float x = (u + steps[2 * k] + d.extent) * per_node, y = (v + steps[2 * k + 1] + d.extent) * per_node;
       if (!(x > -1 && y > -1 && x < last && y < last))
         continue;
-      const float fx = std::floor(x), fy = std::floor(y), dx = x - fx, dy = y - fy;
-      const std::int64_t p = static_cast<std::int64_t>(fx) + 1, q = static_cast<std::int64_t>(fy) + 1;
+      const std::int32_t p = static_cast<std::int32_t>(x + 1), q = static_cast<std::int32_t>(y + 1); // both above 0
+      const float dx = x + 1 - p, dy = y + 1 - q;
       visit(j, Bilinear{q * wide + p, {(1 - dx) * (1 - dy), dx * (1 - dy), (1 - dx) * dy, dx * dy}});
     }
   }
@@ -254,15 +263,29 @@ void density_voxels(const SpotBoxes &b, const WhitenedSpots &s, const SpotDensit
   }
 }
 
-// One thread: the sums of several would depend on their number.
+// Sums of a fixed number of parts, added in their order: the same bits with any number of threads.
 void density_voxels_backward(const SpotBoxes &b, const WhitenedSpots &s, const SpotDensity &d,
-                             const float *const factors[2], double *const sums[2]) {
-  Directions at(b.n_y * b.n_x);
-  std::vector<float> plane(2 * (d.nodes + 2) * (d.nodes + 2));
-  for (std::int64_t i = 0; i < b.n; ++i) {
-    at.centres(b, i);
-    backward_row(b, s, d, i, at.e1.data(), at.e2.data(), factors, plane.data(), sums);
+                             const float *const factors[2], double *const sums[2], int n_threads) {
+  constexpr int parts = 8;
+  const std::int64_t size = d.cells * d.n_k * d.nodes * d.nodes;
+  std::vector<double> partial(2 * parts * size);
+#pragma omp parallel num_threads(std::max(n_threads, 1))
+  {
+    Directions at(b.n_y * b.n_x);
+    std::vector<float> plane(2 * (d.nodes + 2) * (d.nodes + 2));
+#pragma omp for schedule(dynamic, 1)
+    for (int part = 0; part < parts; ++part) {
+      double *const own[2] = {&partial[2 * part * size], &partial[(2 * part + 1) * size]};
+      for (std::int64_t i = b.n * part / parts; i < b.n * (part + 1) / parts; ++i) {
+        at.centres(b, i);
+        backward_row(b, s, d, i, at.e1.data(), at.e2.data(), factors, plane.data(), own);
+      }
+    }
   }
+  for (int part = 0; part < parts; ++part)
+    for (int m = 0; m < 2; ++m)
+      for (std::int64_t j = 0; j < size; ++j)
+        sums[m][j] += partial[(2 * part + m) * size + j];
 }
 
 } // namespace xtalfast

@@ -46,6 +46,6 @@ void density_voxels(const SpotBoxes &boxes, const WhitenedSpots &spots, const Sp
 
 // Transpose of density_voxels: adds sum over voxels of factor[m][voxel] * d share / d density to sums[m], m < 2.
 void density_voxels_backward(const SpotBoxes &boxes, const WhitenedSpots &spots, const SpotDensity &density,
-                             const float *const factors[2], double *const sums[2]);
+                             const float *const factors[2], double *const sums[2], int n_threads);
 
 } // namespace xtalfast

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from xtalfast.errors import InputError
-from xtalfast.integration.estimate import estimate, fit_priors, foreground, label_foreground
+from xtalfast.integration.estimate import estimate, foreground, label_foreground
 from xtalfast.integration.gaussian_rs import CellGrid, ReferenceProfiles, SpotShape, SpotWidths
 from xtalfast.integration.kabsch import kabsch_coordinates
 from xtalfast.io import Flag
@@ -127,8 +127,8 @@ def test_masks_take_flags_away_and_an_empty_box_has_no_value(traced) -> None:
 def test_a_zinger_in_the_background_changes_nothing_much(traced) -> None:
     store = traced(60, intensity=200.0, seed=4)
     profiles = true_profiles(store)
-    priors = fit_priors(store, profiles, [store.experiment])
-    first = estimate(store, profiles, [store.experiment], priors=priors)
+    first = estimate(store, profiles, [store.experiment])
+    priors = first.priors
     good, before = first.integrated_prf & first.integrated_sum, first.columns
     store.values.reshape(60, *store.box)[:, 0, 1, 1] = 5000
     after = estimate(store, profiles, [store.experiment], priors=priors).columns
@@ -195,9 +195,5 @@ def test_a_network_gives_its_own_channel_and_progress_is_told(traced) -> None:
 
 def test_unusable_input_is_said(traced) -> None:
     store = traced(5)
-    profiles = true_profiles(store)
     with pytest.raises(InputError, match="sigma_b"):
         estimate(store, object(), [store.experiment])
-    store.box = None
-    with pytest.raises(InputError, match="one size"):
-        estimate(store, profiles, [store.experiment])

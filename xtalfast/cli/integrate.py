@@ -84,7 +84,10 @@ def integrate(
     ] = None,
     box: Annotated[
         str | None,
-        typer.Option(metavar="Z,Y,X", help="Shoebox, images and px. [exact 7,15,15; network 3,21,21; stills 1,21,21]"),
+        typer.Option(
+            metavar="Z,Y,X",
+            help="Shoebox, images and px. [exact: as large as each spot; network 3,21,21; stills 1,21,21]",
+        ),
     ] = None,
     publish: Annotated[
         str,

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -41,6 +41,13 @@ class ProfileSource(Protocol):
     """Anything that knows the spot shape of the reflections of one store, e.g. `gaussian_rs.ReferenceProfiles`."""
 
     def profiles(self, rows: NDArray[np.int64]) -> Tensor: ...
+
+
+@runtime_checkable
+class MovableProfiles(ProfileSource, Protocol):
+    """Spot shapes that can be had for the reflections of another store too."""
+
+    def on(self, store: Any) -> ProfileSource: ...
 
 
 @dataclass

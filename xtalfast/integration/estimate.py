@@ -33,6 +33,7 @@ from xtalfast.integration.priors import BackgroundPrior, Priors, WilsonPrior, ce
 from xtalfast.integration.references import Observations, leave_one_out, relative_scales
 from xtalfast.integration.spot_shape import SpotWidths, images_in_scan, rotation_edges
 from xtalfast.integration.spot_voxels import SpotPixels
+from xtalfast.integration.strong_spots import boxes_by_size
 from xtalfast.io import Flag
 from xtalfast.masks import BACKGROUND, FOREGROUND, used_pixels
 from xtalfast.metrics.equivalents import canonical_index
@@ -231,15 +232,6 @@ class _FirstLook(NamedTuple):
     background_variance: Array  # [N], -1 where there is none
 
 
-def _views(store: Any) -> Iterator[tuple[NDArray[np.int64], Any]]:
-    """The rows of each size of box, and a store of them."""
-    if store.box is not None:
-        yield np.arange(store.n), store
-        return
-    for view in store.by_size():
-        yield view.rows, view
-
-
 def _first_look(
     store: Any,
     source: Any,
@@ -417,7 +409,7 @@ def _sources(
     store: Any, source: Any, reference: ReferenceProfiles | None
 ) -> Iterator[tuple[NDArray[np.int64], Any, Any, ReferenceProfiles | None]]:
     """Rows of each size of box, a store of them, and the sources of profile and coverage for that store."""
-    for rows, view in _views(store):
+    for rows, view in boxes_by_size(store):
         if view is store:
             yield rows, view, source, reference
         else:

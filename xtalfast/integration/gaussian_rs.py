@@ -52,7 +52,7 @@ from xtalfast.integration.spot_shape import (
     whiten,
 )
 from xtalfast.integration.spot_voxels import GRID_EXTENT, DensityModel, Whitened, gaussian_voxels
-from xtalfast.integration.strong_spots import MAX_STRONG, StrongSpots, select_brightest, select_strong
+from xtalfast.integration.strong_spots import MAX_STRONG, PaddedBoxes, StrongSpots, select_brightest, select_strong
 from xtalfast.io.files import replacing
 from xtalfast.models import Array, Experiment
 
@@ -62,7 +62,8 @@ Progress = Callable[[str, int, int], None]
 GRID = 13  # tent functions along epsilon1 and epsilon2
 GRID_ROTATION = 11  # and along epsilon3
 PRIOR_PHOTONS = 2000.0  # weight of the Gaussian against the photons of the spots of a cell
-EM_STEPS = 40
+EM_STEPS = 16
+STRIDE = 1.8  # below 2
 
 
 @dataclass(frozen=True)
@@ -135,10 +136,6 @@ class ReferenceProfiles:
         history: Sequence[float] = (),
         n_strong: int = 0,
     ) -> None:
-        if store.box is None:
-            raise InputError(
-                "reference profiles need boxes of one size: extract the store with box=(z, y, x), not 'bbox'"
-            )
         self.store, self.experiments = store, experiments
         self.widths, self.shape, self.cells = widths, shape, cells
         self.density, self.history, self.n_strong = density, list(history), n_strong
@@ -158,7 +155,7 @@ class ReferenceProfiles:
         """Learn the profiles of a store from its strong spots.
 
         Args:
-            store: ShoeboxStore with one size of box.
+            store: ShoeboxStore.
             experiments: one per `id` of the store.
             widths: sigma_b and sigma_m; None takes them from strong spots, or where these are too few from the
                 profile block, or without one from the brightest boxes as they are.
@@ -168,26 +165,30 @@ class ReferenceProfiles:
             progress: called as progress("profiles", done, total).
 
         Raises:
-            InputError: too few strong spots and no profile block to fall back on, or boxes of several sizes.
+            InputError: too few strong spots and no profile block to fall back on.
         """
         tell = progress or (lambda stage, done, total: None)
         tell("profiles", 0, EM_STEPS + 2)
-        strong = select_strong(store, n_max=n_max)
+        strong, whole = select_strong(store, n_max=n_max), store
         given = SpotWidths.from_profile(experiments[0].profile) if experiments else None
         enough = len(strong.rows) >= MIN_STRONG
+        if not enough and widths is None and given is None:
+            bright = select_brightest(store, n_max=n_max)
+            store, bright = _boxes_of(store, bright)
+            widths = fit_widths(store, experiments, bright)
+            logger.warning(
+                "only %d strong spots with background around them: the spot widths are rough, from the photons of "
+                "the brightest boxes",
+                len(strong.rows),
+            )
+        else:
+            store, strong = _boxes_of(store, strong)
         if widths is None:
+            widths = given
             if enough:
                 widths = fit_widths(store, experiments, strong, given.n_sigma if given else 3.0)
-            elif given is not None:
-                widths = given
-            else:
-                widths = fit_widths(store, experiments, select_brightest(store, n_max=n_max))
-                logger.warning(
-                    "only %d strong spots with background around them: the spot widths are rough, from the photons of "
-                    "the brightest boxes",
-                    len(strong.rows),
-                )
-        sample = strong.rows if len(strong.rows) else np.arange(min(store.n, 100))
+        assert widths is not None
+        sample = np.arange(min(store.n, MAX_STRONG)) if store is not whole or not enough else strong.rows
         shape = isotropic_shape(spot_geometry(store, experiments, sample), widths)
         tell("profiles", 1, EM_STEPS + 2)
         if enough:
@@ -195,10 +196,11 @@ class ReferenceProfiles:
             few = StrongSpots(strong.rows[::step], strong.background[::step], strong.intensity[::step])
             shape = fit_shape(store, experiments, few, shape)
         tell("profiles", 2, EM_STEPS + 2)
-        cells = _make_cells(store, experiments, len(strong.rows), phi_block_deg)
+        cells = _make_cells(whole, experiments, len(strong.rows), phi_block_deg)
         result = cls(store, experiments, widths, shape, cells, n_strong=len(strong.rows))
         if learn and enough:
             result._learn(strong, lambda done: tell("profiles", 2 + done, EM_STEPS + 2))
+        result.store = whole
         tell("profiles", EM_STEPS + 2, EM_STEPS + 2)
         logger.info(
             "profiles: %d strong spots, sigma_b %.4f deg, sigma_m %.4f deg, mosaicity %.4f deg, %s",
@@ -248,7 +250,9 @@ class ReferenceProfiles:
             rate, intensity = train.rate(model.voxels(density))
             expected = photons * intensity[:, None, None, None]
             gain, cost = model.transpose((expected * train.counts / rate, expected))
-            density = ((density * gain + PRIOR_PHOTONS * gaussian) / (cost + PRIOR_PHOTONS)).float()
+            step = ((density * gain + PRIOR_PHOTONS * gaussian) / (cost + PRIOR_PHOTONS)).float()
+            # Steps of the logarithm nearly twice as long converge to the same density in half the number.
+            density = density * (step / density) ** STRIDE
             density /= density.sum(dim=(1, 2, 3), keepdim=True)
             score = float(test.log_likelihood(unseen.voxels(density), weight[held_out]))
             history.append(score)
@@ -355,6 +359,13 @@ class ReferenceProfiles:
         return cls(
             store, experiments, widths, SpotShape(tuple(shape[:3]), *shape[3:]), grid, density, history, n_strong
         )
+
+
+def _boxes_of(store: Any, strong: StrongSpots) -> tuple[Any, StrongSpots]:
+    """The store itself, or when its boxes have several sizes the strong ones in boxes of one."""
+    if store.box is not None or not len(strong.rows):
+        return store, strong
+    return PaddedBoxes(store, strong.rows), strong._replace(rows=np.arange(len(strong.rows)))
 
 
 def _make_cells(store: Any, experiments: Sequence[Experiment], n_strong: int, phi_block_deg: float) -> CellGrid:

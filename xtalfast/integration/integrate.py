@@ -20,12 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xtalfast.errors import InputError
-from xtalfast.integration.columns import add_derived_columns
+from xtalfast.integration.columns import FIXED_BOX, add_derived_columns
 from xtalfast.integration.estimate import Estimates, estimate
 from xtalfast.integration.gaussian_rs import ReferenceProfiles
 from xtalfast.integration.options import IntegrateOptions
 from xtalfast.integration.outputs import RunResults, fill_table, write_outputs
+from xtalfast.integration.pilot import model_boxes
 from xtalfast.integration.predict import predict_experiments
+from xtalfast.integration.shoebox_rows import Box
 from xtalfast.integration.shoeboxes import ShoeboxStore, extract_store, store_from_shoebox_column
 from xtalfast.integration.store import NO_SPOT, Reason
 from xtalfast.io import ExperimentList, ReflectionTable, ShoeboxColumn, read_expt, read_refl, write_expt
@@ -261,12 +263,22 @@ def _prepare(
         _forget(directory)
     rows = _rows_to_extract(table, options.d_min)
     wanted = table if len(rows) == len(table) else table.select(rows)
-    box = options.box or _default_box(experiments, options.chosen_engine)
+    still = all(e.is_still for e in experiments)
+    box: Box | str = options.box or FIXED_BOX
+    if still and options.box is None:
+        box = (1, *FIXED_BOX[1:])
     shoeboxes, profile_file = directory / "shoeboxes", directory / "profiles.npz"
     if isinstance(table.columns.get("shoebox"), ShoeboxColumn) and not _has_images(experiments):
         logger.info("no images: using the shoeboxes of the reflection table")
         store = store_from_shoebox_column(wanted, experiments, shoeboxes, box=box)
     else:
+        if options.box is None and options.chosen_engine == "exact" and not any(e.is_still for e in experiments):
+            found = model_boxes(wanted, experiments, directory, options.image_dir)
+            if isinstance(found, tuple):
+                box = found
+            else:
+                wanted, box = wanted.copy(), "bbox"
+                wanted["bbox"] = found
         store = extract_store(
             wanted,
             experiments,
@@ -284,13 +296,6 @@ def _prepare(
         profiles = ReferenceProfiles.fit(store, experiments, progress=progress)
         profiles.save(profile_file)
     return Prepared(directory, experiments, store, profiles, rows[np.asarray(store.metadata["row"][:])])
-
-
-def _default_box(experiments: ExperimentList, engine: str) -> tuple[int, int, int]:
-    """The paper's box for its networks; deeper and narrower, as the spots are, without."""
-    if all(e.is_still for e in experiments):
-        return (1, 21, 21)
-    return (3, 21, 21) if engine == "network" else (7, 15, 15)
 
 
 def _rows_to_extract(table: ReflectionTable, d_min: float | None) -> NDArray[np.int64]:
@@ -323,7 +328,8 @@ def _forget(directory: Path) -> None:
     for name in ("shoeboxes", "training"):
         if (directory / name).is_dir():
             shutil.rmtree(directory / name)
-    (directory / "profiles.npz").unlink(missing_ok=True)
+    for name in ("profiles.npz", "spot_shape.json"):
+        (directory / name).unlink(missing_ok=True)
 
 
 def _has_images(experiments: ExperimentList) -> bool:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from xtalfast.integration.config import IntegrationConfig, LossConfig
-from xtalfast.integration.data import ProfileSource, ShoeboxBatch, ShoeboxSource, read_batch
+from xtalfast.integration.data import MovableProfiles, ProfileSource, ShoeboxBatch, ShoeboxSource, read_batch
 from xtalfast.integration.encoders import make_encoder
 from xtalfast.integration.profiles import GammaHead, make_profile_head, moments_start, quadratic_modes
 from xtalfast.integration.statistics import DataStatistics
@@ -189,6 +189,12 @@ class NetworkProfiles:
         self.store = store
         self.reference_profiles = reference_profiles
         self.batch = batch
+
+    def on(self, store: ShoeboxSource) -> NetworkProfiles:
+        """The same network for the reflections of another store."""
+        given = self.reference_profiles
+        moved = given.on(store) if isinstance(given, MovableProfiles) else given
+        return NetworkProfiles(self.model, store, reference_profiles=moved, batch=self.batch)
 
     @torch.no_grad()
     def posteriors(self, rows: NDArray[np.int64]) -> list[Posterior]:

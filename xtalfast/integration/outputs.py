@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import logging
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -66,6 +66,11 @@ class RunResults:
         if self.network is None or self.network.model.config.profile.kind == "dials":
             return self.profiles
         return self.network
+
+    def by_size(self, rows: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], Any, Any]]:
+        """Some rows, those of each size of box together, with a store and a spot source of them alone."""
+        for view in self.store.by_size(rows):
+            yield view.rows, view, self.spot_source.on(view)
 
 
 def fill_table(
@@ -151,7 +156,7 @@ def warnings_of(run: RunResults) -> list[str]:
     found = []
     store, counts = run.store, counts_of(run.table, run.store)
     small = store.statistics["reasons"].get("SmallBox", 0)
-    if small:
+    if small and store.box is not None:
         found.append(
             f"{small} of {store.n} boxes hold less than 95 % of the modelled spot: use a larger --box than {store.box}"
         )

@@ -39,6 +39,8 @@ def relative_scales(data: Observations) -> Array:
     For each experiment the logarithm of the scale is piecewise linear in phi. Alternating least squares, its average
     kept at 1; observations without equivalents have no say.
     """
+    if not len(data.phi):
+        return np.ones(0)
     good = (data.variance > 0) & np.isfinite(data.intensity)
     first, second, share, n_knots = _knots(data)
     log_scale = np.zeros(n_knots)

@@ -170,10 +170,11 @@ class Extraction:
             plane = (bbox[:, 1] - bbox[:, 0]).astype(np.int64) * (bbox[:, 3] - bbox[:, 2])
             offset = spots.ptr[rows] - spots.ptr[shard.start] + (z - bbox[:, 4]) * plane
             bbox[:, 4], bbox[:, 5] = 0, 1
-            peak, overloads = _cut_plane(image, mask, low, high, bbox, offset, shard, self.threads)
+            # one thread: a few ms of work, while the others read images
+            peak, overloads = _cut_plane(image, mask, low, high, bbox, offset, shard, 1)
             if shard.counts.dtype == np.uint16 and (peak > UINT16_MAX).any():
                 shard.counts = shard.counts.astype(np.int32)
-                _cut_plane(image, mask, low, high, bbox, offset, shard, self.threads)
+                _cut_plane(image, mask, low, high, bbox, offset, shard, 1)
             for row in rows[overloads > 0].tolist():
                 x0, x1, y0, y1, z0, z1 = np.maximum(spots.core[row], 0).tolist()
                 if z0 <= z < z1 and ((image[y0:y1, x0:x1] >= high) & (mask[y0:y1, x0:x1] != 0)).any():

@@ -285,6 +285,7 @@ class DensityModel:
             self.at.arguments(self.scale),
             self._arguments(density),
             *(tensor.data_ptr() for tensor in (*factors, first, second)),
+            torch.get_num_threads(),
         )
         return first, second
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from xtalfast.errors import InputError
 from xtalfast.integration.background import robust_background
 from xtalfast.masks import used_pixels
 from xtalfast.models import Array
@@ -21,6 +21,56 @@ class StrongSpots(NamedTuple):
     rows: NDArray[np.int64]
     background: Array  # [N] counts per pixel
     intensity: Array  # [N] counts above the background
+
+
+def boxes_by_size(store: Any) -> Iterator[tuple[NDArray[np.int64], Any]]:
+    """The rows of each size of box, and a store of them."""
+    if store.box is not None:
+        yield np.arange(store.n), store
+        return
+    for view in store.by_size():
+        yield view.rows, view
+
+
+class PaddedBoxes:
+    """Some rows of a store in memory, their boxes padded with pixels that are not valid to one size.
+
+    The longest tenth along the rotation is cut to the length of the others: those spots hardly move from image to
+    image, and would fill the memory.
+    """
+
+    def __init__(self, store: Any, rows: NDArray[np.int64]) -> None:
+        bbox = np.asarray(store.metadata["bbox"])[rows].astype(np.int64)
+        size = (bbox[:, 1::2] - bbox[:, ::2])[:, ::-1]
+        largest = size.max(axis=0)
+        largest[0] = np.quantile(size[:, 0], 0.9, method="higher")
+        z, y, x = largest.tolist()
+        self.box, self.n, self.n_pixels = (z, y, x), len(rows), z * y * x
+        self._counts = np.zeros((self.n, z, y, x), store.dtype)
+        self._mask = np.zeros((self.n, z, y, x), np.uint8)
+        self.metadata = {name: np.asarray(values[rows]) for name, values in store.metadata.items()}
+        place = {row: i for i, row in enumerate(rows.tolist())}
+        for view in store.by_size(rows):
+            at = np.array([place[row] for row in view.rows.tolist()])
+            every = np.arange(view.n)
+            into, out_of = [at], [every]
+            for wanted, given in zip(self.box, view.box):
+                shift = (wanted - given) // 2
+                into.append(np.arange(max(shift, 0), max(shift, 0) + min(wanted, given)))
+                out_of.append(np.arange(max(-shift, 0), max(-shift, 0) + min(wanted, given)))
+            shape = (view.n, *view.box)
+            self._counts[np.ix_(*into)] = view.counts(every).reshape(shape)[np.ix_(*out_of)]
+            self._mask[np.ix_(*into)] = view.mask(every).reshape(shape)[np.ix_(*out_of)]
+        low = bbox[:, ::2] - ((largest - size) // 2)[:, ::-1]
+        self.metadata["bbox"] = np.stack([low, low + largest[::-1]], axis=2).reshape(-1, 6).astype(np.int32)
+
+    def counts(self, rows: NDArray[np.int64]) -> NDArray:
+        """Photons, [B, P]."""
+        return self._counts[rows].reshape(len(rows), -1)
+
+    def mask(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """DIALS mask bits, [B, P]."""
+        return self._mask[rows].reshape(len(rows), -1)
 
 
 def central_pixels(box: tuple[int, int, int], half: int) -> NDArray[np.bool_]:
@@ -37,35 +87,33 @@ def select_strong(store: Any, *, n_max: int = MAX_STRONG, i_over_sigma: float = 
     The signal is the sum of the central 9 x 9 pixels (fewer in a small box) above the robust mean of those around them.
 
     Args:
-        store: ShoeboxStore with one size of box.
+        store: ShoeboxStore.
         n_max: at most this many.
         i_over_sigma: signal over its standard deviation must exceed this.
         chunk: rows read at a time.
-
-    Raises:
-        InputError: the store has boxes of several sizes.
     """
-    if store.box is None:
-        raise InputError("reference profiles need boxes of one size: extract the store with box=(z, y, x), not 'bbox'")
-    half = max(min(4, min(store.box[1:]) // 2 - 1), 1)
-    near, core = central_pixels(store.box, half), central_pixels(store.box, min(half, 2))
     found = []
-    for start in range(0, store.n, chunk):
-        rows = np.arange(start, min(start + chunk, store.n))
-        counts = store.counts(rows)
-        used = used_pixels(store.mask(rows))
-        background = robust_background(counts, used & ~near)
-        inside = used & near
-        n = inside.sum(axis=1)
-        signal = np.einsum("np,np->n", counts, inside, dtype=np.float64) - n * background.mean
-        enough = background.n_used >= 10
-        spread = np.where(enough, background.variance, 0.0)
-        sigma = np.sqrt(np.maximum(signal, 1) + n * background.mean + n**2 * spread)
-        good = enough & (signal > i_over_sigma * sigma) & used[:, core].all(axis=1)
-        found.append((rows[good], background.mean[good], signal[good]))
+    for rows_of, view in boxes_by_size(store):
+        half = max(min(4, min(view.box[1:]) // 2 - 1), 1)
+        near, core = central_pixels(view.box, half), central_pixels(view.box, min(half, 2))
+        for start in range(0, view.n, chunk):
+            at = np.arange(start, min(start + chunk, view.n))
+            counts = view.counts(at)
+            used = used_pixels(view.mask(at))
+            background = robust_background(counts, used & ~near)
+            inside = used & near
+            n = inside.sum(axis=1)
+            signal = np.einsum("np,np->n", counts, inside, dtype=np.float64) - n * background.mean
+            enough = background.n_used >= 10
+            spread = np.where(enough, background.variance, 0.0)
+            sigma = np.sqrt(np.maximum(signal, 1) + n * background.mean + n**2 * spread)
+            good = enough & (signal > i_over_sigma * sigma) & used[:, core].all(axis=1)
+            found.append((rows_of[at][good], background.mean[good], signal[good]))
     if not found:
         return StrongSpots(np.zeros(0, np.int64), np.zeros(0), np.zeros(0))
     rows, mean, signal = (np.concatenate(column) for column in zip(*found))
+    order = np.argsort(rows, kind="stable")
+    rows, mean, signal = rows[order], mean[order], signal[order]
     keep = np.unique(np.linspace(0, len(rows) - 1, min(n_max, len(rows))).round().astype(np.int64))
     return StrongSpots(rows[keep], mean[keep], signal[keep])
 
@@ -76,15 +124,17 @@ def select_brightest(store: Any, *, n_max: int = MAX_STRONG, min_photons: int = 
     Shoeboxes of spot finding are such. Widths that come from them are rough, but better than none.
 
     Args:
-        store: ShoeboxStore with one size of box.
+        store: ShoeboxStore.
         n_max: at most this many.
         min_photons: a spot has at least this many.
         chunk: rows read at a time.
     """
     photons = np.zeros(store.n)
-    for start in range(0, store.n, chunk):
-        rows = np.arange(start, min(start + chunk, store.n))
-        photons[rows] = np.einsum("np,np->n", store.counts(rows), used_pixels(store.mask(rows)), dtype=np.float64)
+    for rows_of, view in boxes_by_size(store):
+        for start in range(0, view.n, chunk):
+            at = np.arange(start, min(start + chunk, view.n))
+            used = used_pixels(view.mask(at))
+            photons[rows_of[at]] = np.einsum("np,np->n", view.counts(at), used, dtype=np.float64)
     rows = np.argsort(-photons, kind="stable")[:n_max]
     rows = np.sort(rows[photons[rows] >= min_photons])
     return StrongSpots(rows, np.zeros(len(rows)), photons[rows])

@@ -60,11 +60,10 @@ def report_data(
     shoeboxes = [s for group, rows in examples.items() for s in _shoeboxes(run, group, rows)]
     shown = np.flatnonzero(fitted)[:: max(1, int(fitted.sum()) // _N_PROFILES)]
     grid = None
-    if len(shown) and store.box is not None:
-        dense = run.spot_source.profiles(shown).numpy().reshape(-1, *store.box)
-        grid = mean_profiles(
-            dense, store.metadata["xyzcal_px"][shown][:, :2], run.experiments[0].detector[0].image_size
-        )
+    if len(shown):
+        rows, view, source = next(run.by_size(shown))  # the most frequent size
+        dense = source.profiles(np.arange(len(rows))).numpy().reshape(-1, *view.box)
+        grid = mean_profiles(dense, view.metadata["xyzcal_px"][:, :2], run.experiments[0].detector[0].image_size)
     counts = record["counts"]
     history = record["history"]
     return ReportData(
@@ -105,31 +104,30 @@ def _misfit(columns: Mapping[str, NDArray], fitted: NDArray[np.bool_]) -> NDArra
 
 
 def _shoeboxes(run: RunResults, group: str, rows: NDArray[np.int64]) -> list[ShoeboxExample]:
-    store = run.store
-    counts, used = store.counts(rows), used_pixels(store.mask(rows))
-    shape = run.spot_source.profiles(rows).numpy()
-    columns, metadata = run.estimates.columns, store.metadata
-    found = []
-    for k, row in enumerate(rows):
-        intensity, background = columns["intensity.prf.value"][row], columns["background.mean"][row]
-        model = max(intensity, 0.0) * shape[k] + background
-        h, m, l = (int(i) for i in metadata["hkl"][row])
-        x, y, z = (float(i) for i in metadata["xyzcal_px"][row])
-        found.append(
-            ShoeboxExample(
+    columns = run.estimates.columns
+    found = {}
+    for here, view, source in run.by_size(rows):
+        every = np.arange(len(here))
+        counts, used = view.counts(every), used_pixels(view.mask(every))
+        shape = source.profiles(every).numpy()
+        for k, row in enumerate(here):
+            intensity, background = columns["intensity.prf.value"][row], columns["background.mean"][row]
+            model = max(intensity, 0.0) * shape[k] + background
+            h, m, l = (int(i) for i in view.metadata["hkl"][k])
+            x, y, z = (float(i) for i in view.metadata["xyzcal_px"][k])
+            found[int(row)] = ShoeboxExample(
                 group=group,
                 hkl=(h, m, l),
                 xyz_px=(x, y, z),
-                d=float(metadata["d"][row]),
+                d=float(view.metadata["d"][k]),
                 intensity=float(intensity),
                 sigma=float(np.sqrt(max(columns["intensity.prf.variance"][row], 0.0))),
                 background=float(background),
-                counts=counts[k].reshape(store.box),
-                model=model.reshape(store.box),
-                mask=used[k].reshape(store.box),
+                counts=counts[k].reshape(view.box),
+                model=model.reshape(view.box),
+                mask=used[k].reshape(view.box),
             )
-        )
-    return found
+    return [found[int(row)] for row in rows]
 
 
 def _comparisons(run: RunResults, truth: Path | None) -> list[Comparison]:
