@@ -49,19 +49,23 @@ def extinguishing_operations(group: gemmi.GroupOps) -> tuple[NDArray[np.int32], 
     return rotation, translation
 
 
-def _voxel_indices(experiment: Experiment, panel: int, spots: PanelSpots, i: int, centre: Array) -> NDArray[np.int64]:
-    """Nearest Miller index [V, 3] of every voxel of box i."""
-    x0, x1, y0, y1, z0, z1 = spots.bbox[i].tolist()
-    model = experiment.detector[panel]
-    z, y, x = np.meshgrid(np.arange(z0, z1), np.arange(y0, y1), np.arange(x0, x1), indexing="ij")
-    shift = spots.xyz_px[i, :2] - spots.xyz_mm[i, :2] / np.asarray(model.pixel_size)
-    xy = np.stack([x.ravel(), y.ravel()], 1) + 0.5 - shift
-    ray = model.lab_from_mm(xy * np.asarray(model.pixel_size))
-    s1 = ray / np.linalg.norm(ray, axis=1, keepdims=True) / experiment.beam.wavelength
+def nearest_indices(experiment: Experiment, panel: int, spots: PanelSpots) -> NDArray[np.int32]:
+    """Miller index of the lattice point nearest to every voxel of boxes of one size, [N, z, y, x, 3]."""
+    model, bbox = experiment.detector[panel], np.asarray(spots.bbox, np.int64)
+    n_x, n_y, n_z = (bbox[0, 1::2] - bbox[0, ::2]).tolist() if len(bbox) else (0, 0, 0)
+    pixel = np.asarray(model.pixel_size)
+    shift = spots.xyz_px[:, :2] - spots.xyz_mm[:, :2] / pixel
+    x = (bbox[:, 0:1] + np.arange(n_x) + 0.5 - shift[:, 0:1]) * pixel[0]
+    y = (bbox[:, 2:3] + np.arange(n_y) + 0.5 - shift[:, 1:2]) * pixel[1]
+    ray = model.origin + x[:, None, :, None] * model.fast + y[:, :, None, None] * model.slow
+    q = ray / np.linalg.norm(ray, axis=-1, keepdims=True) / experiment.beam.wavelength - experiment.beam.s0
     first, last = experiment.scan.array_range if experiment.scan is not None else (0, 1)
-    matrix = index_from_lab(experiment, np.clip(z.ravel(), first, last - 1) + 0.5)
-    h = np.einsum("nij,nj->ni", matrix, s1 - experiment.beam.s0) - centre[i] + spots.hkl[i]
-    return np.floor(h + 0.5).astype(np.int64)
+    z = np.clip(bbox[:, 4:5] + np.arange(n_z), first, last - 1)
+    images = index_from_lab(experiment, np.arange(first, last) + 0.5)
+    at_centre = index_from_lab(experiment, spots.xyz_px[:, 2])
+    centre = np.einsum("nij,nj->ni", at_centre, spots.s1 - experiment.beam.s0) - spots.hkl
+    h = np.einsum("nzij,nyxj->nzyxi", images[z - first], q) - centre[:, None, None, None]
+    return np.floor(h + 0.5).astype(np.int32)
 
 
 def mark_overlaps_reference(
@@ -69,12 +73,11 @@ def mark_overlaps_reference(
 ) -> None:
     """What `mark_overlaps` does, box by box with numpy and gemmi's absences."""
     assert experiment.crystal is not None
-    matrix = index_from_lab(experiment, spots.xyz_px[:, 2])
-    centre = np.einsum("nij,nj->ni", matrix, spots.s1 - experiment.beam.s0)
     operations = experiment.crystal.operations
     for i in range(len(spots.hkl)):
-        nearest = _voxel_indices(experiment, panel, spots, i, centre)
-        foreign = (nearest != spots.hkl[i]).any(1) & ~operations.systematic_absences(nearest.astype(np.int32))
+        one = PanelSpots(**{name: values[i : i + 1] for name, values in vars(spots).items()})
+        nearest = nearest_indices(experiment, panel, one).reshape(-1, 3)
+        foreign = (nearest != spots.hkl[i]).any(1) & ~operations.systematic_absences(nearest)
         mask[offset[i] : offset[i] + len(nearest)] |= np.where(foreign, OVERLAPPED, 0).astype(np.uint8)
 
 

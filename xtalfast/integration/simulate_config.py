@@ -54,12 +54,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         n_images=40,
         distance_mm=115.0,
     ),
-    "overlap": dict(  # a long axis and wide spots: neighbours share a third of their profiles
+    "overlap": dict(  # a long axis and wide spots: neighbours share 30 % of their profiles
         cell=(60.0, 60.0, 250.0, 90.0, 90.0, 90.0),
         space_group="P 41 21 2",
+        orientation_deg=(20.0, 60.0, 10.0),
         d_min=2.6,
         mosaicity_deg=0.2,
         psf_px=1.2,
+        photons_mean=500.0,
         n_images=20,
         distance_mm=150.0,
     ),
