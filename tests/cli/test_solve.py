@@ -47,6 +47,8 @@ def test_solve_then_modify_then_judge(truth, capsys):
     assert main(command) == 0
     facts = json.loads((out / "solve.json").read_text())
     assert facts["solved"] and facts["n_reflections"] > 500 and facts["parameters"]["seed"] == 0
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert ">solved<" in page and 'id="ccp4"' in page and "mean figure of merit" in page and "iteration" in page
     assert (out / "phased_inverse.mtz").exists() == (facts["hand"]["choice"] == "undecided")
     mtz = gemmi.read_mtz_file(str(out / "phased.mtz"))
     assert {"FWT", "PHWT", "FOM", "FP", "SIGFP"} <= {c.label for c in mtz.columns}

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from xtalfast.errors import InputError
+from xtalfast.errors import InputError, MissingExtraError
 
 OutputOption = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Output directory, made if needed.")]
 SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="Same seed, same result (CPU: same bits).")]
@@ -96,3 +96,13 @@ def logging_to(log: Path | None, quiet: bool) -> Iterator[None]:
         for handler in handlers:
             logger.removeHandler(handler)
             handler.close()
+
+
+@contextmanager
+def report_if_possible(path: Path) -> Iterator[None]:
+    """Write a report that nobody asked for; without jinja2 say so and go on, and leave none of an earlier run."""
+    try:
+        yield
+    except MissingExtraError as error:
+        path.unlink(missing_ok=True)
+        console.print(f"no {path.name}: {error}")

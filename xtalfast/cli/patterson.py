@@ -30,11 +30,14 @@ def patterson(
     scale: Annotated[
         str | None, typer.Option(metavar="K,B", help="Scale and B of the amplitudes, instead of a Wilson fit.")
     ] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="A page with the map to turn, its sections and peaks.")
+    ] = None,
     debug: DebugOption = False,
 ) -> None:
     """Calculate the Patterson map of measured amplitudes, in any space group; reflections not measured count as 0.
 
-    Example: `xtalfast patterson data.mtz -o patterson.ccp4 --remove-origin`
+    Example: `xtalfast patterson data.mtz -o patterson.ccp4 --remove-origin --report patterson.html`
     """
     import numpy as np
 
@@ -65,4 +68,15 @@ def patterson(
         sharpen=sharpen,
     )
     write_ccp4(output, values.numpy(), read.cell)
+    if report is not None:
+        from xtalfast.report.phasing import write_patterson_page
+
+        facts = {
+            "data": str(data),
+            "origin peak": "removed" if remove_origin else "kept",
+            "amplitudes": "normalised (E)" if sharpen else "as measured" if fitted is None else "absolute, B = 20 A^2",
+            "grid points per d_min": rate,
+        }
+        write_patterson_page(report, values.numpy(), read, data.name, facts)
+        typer.echo(f"wrote {report}")
     typer.echo(f"wrote {output}: {' x '.join(map(str, values.shape))} grid points from {len(hkl)} amplitudes")

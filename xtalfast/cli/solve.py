@@ -8,7 +8,14 @@ from typing import Annotated
 
 import typer
 
-from xtalfast.cli.common import DebugOption, ProgressBars, QuietOption, SeedOption, logging_to
+from xtalfast.cli.common import (
+    DebugOption,
+    ProgressBars,
+    QuietOption,
+    SeedOption,
+    logging_to,
+    report_if_possible,
+)
 
 
 class Engine(StrEnum):
@@ -40,14 +47,16 @@ def solve(
 ) -> None:
     """Find phases from amplitudes alone, in any space group, where much of the cell is solvent (60 % or more).
 
-    Writes phased.mtz (FWT PHWT FOM), map.ccp4 and solve.json into DIR. `solved` is called without knowing the truth,
-    from amplitudes that were held out. Both hands are written unless the space group or the density decides.
+    Writes phased.mtz (FWT PHWT FOM), map.ccp4, solve.json and report.html, which shows the map, into DIR. `solved` is
+    called without knowing the truth, from amplitudes that were held out. Both hands are written unless the space group
+    or the density decides.
 
     Example: `xtalfast solve data.mtz -o solved --max-seconds 120`
     """
     from xtalfast.io.mtz_phases import read_amplitudes
     from xtalfast.phasing import SearchOptions, solve, solve_with_shelx
     from xtalfast.phasing.output import write_solution
+    from xtalfast.report.phasing import write_solution_page
 
     read = read_amplitudes(data, labels.split(",") if labels else None)
     with logging_to(None, quiet), ProgressBars(quiet) as progress:
@@ -80,6 +89,10 @@ def solve(
                 progress=progress,
             )
     files = write_solution(output, found, read)
+    page = output / "report.html"
+    with report_if_possible(page):
+        write_solution_page(page, found, data.name)
+        files.append(page)
     verdict = "solved" if found.solved else "NOT solved: do not use these phases"
     typer.echo(
         f"{verdict} (R {found.r:.3f}, R_free {found.r_free:.3f}, {found.n_starts} starts, {found.seconds:.1f} s)"

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xtalfast.errors import InputError, MissingExtraError
+from xtalfast.errors import InputError
 from xtalfast.io.files import write_text
 from xtalfast.metrics import MergingStatistics
 from xtalfast.metrics.shells import SHELL_COLUMNS, format_value
 from xtalfast.metrics.truth import compare_with_truth
 from xtalfast.report.data import Comparison, ProfileGrid, ReportData, ShoeboxExample
+from xtalfast.report.environment import environment
 from xtalfast.report.images import DIVERGING, SEQUENTIAL, colored, data_uri, tile
 from xtalfast.report.svg import Axis, Figure, Series, density_plot, histogram, line_chart
 
@@ -47,17 +48,10 @@ def write_report(path: str | os.PathLike, data: ReportData) -> None:
 
 def render_report(data: ReportData) -> str:
     """The report as HTML text."""
-    try:
-        from jinja2 import Environment, PackageLoader, StrictUndefined
-    except ImportError as error:
-        raise MissingExtraError("jinja2", "report", "Writing an HTML report") from error
-    environment = Environment(
-        loader=PackageLoader("xtalfast.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters["plain"] = _plain
+    templates = environment("Writing an HTML report")
+    templates.filters["plain"] = _plain
     sections = _sections(data)
-    return environment.get_template("integration.html").render(
+    return templates.get_template("integration.html").render(
         data=data,
         created=data.created or datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         parameters=sorted(data.parameters.items(), key=lambda item: (item[0] not in data.changed, item[0])),
