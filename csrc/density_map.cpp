@@ -37,7 +37,7 @@ template <class V, class I> XTALFAST_INLINE V fast_exp2(V x) {
   std::memcpy(&p, &bits, sizeof bits);
   return p;
 }
-XTALFAST_INLINE float fast_exp2(float x) { return fast_exp2<float, std::int32_t>(x); }
+XTALFAST_INLINE float fast_exp2(float x) { return fast_exp2<float, std::uint32_t>(x); }
 XTALFAST_INLINE double fast_exp2(double x) { return std::exp2(x); }
 
 // An atom as a polynomial in r^2: one fused multiply-add a coefficient for sixteen voxels, where five exponentials take

@@ -159,8 +159,9 @@ template <Isa isa, class T> XTALFAST_INLINE void one_box(const PosteriorArgument
     row.lit_background[j] *= to_zero;
   }
 
+  const T scale = static_cast<T>(q_total > 0 ? q_total : 1);
   const double mode = most_likely_share(row, a, c, start, s.tolerance).share;
-  const ShareSums at = share_sums<T, true>(row, mode, w.ratios.data());
+  const ShareSums at = share_sums<T, true>(row, mode, scale, w.ratios.data());
   const double second = std::max(at.second, 1e-30);
   const double right = heavy_tail(-at.first, second, at.third > 0 ? at.third : light, s.tail);
   const double left = heavy_tail(at.first, second, at.third < 0 ? at.third : light, s.tail);
@@ -177,7 +178,8 @@ template <Isa isa, class T> XTALFAST_INLINE void one_box(const PosteriorArgument
 
   const double factorials =
       LogFactorials::instance().of(row.lit_counts.data(), row.lit_length, whole_numbers(s.boxes.count_type));
-  const double summary[7] = {p_total, q_total, row.photons, factorials, at.log_rate, s_low, s_high};
+  const double log_rate = at.log_rate - row.photons * std::log(static_cast<double>(scale));
+  const double summary[7] = {p_total, q_total, row.photons, factorials, log_rate, s_low, s_high};
   for (int k = 0; k < 7; ++k)
     s.summary[k * n + box] = summary[k];
 }

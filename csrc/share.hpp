@@ -49,13 +49,15 @@ XTALFAST_INLINE double first_share(const Row<T> &row, double a, double c, double
   return std::min(std::max(x, low), high);
 }
 
-// sum y r, sum y r^2, sum y r^3 with r = d log(rate) / dX, and sum y log(rate), over the pixels with counts, whose
-// `lit_profile` and `lit_background` are the rates at X = 1 and X = 0.
+// sum y r, sum y r^2, sum y r^3 with r = d log(rate) / dX, and sum y log(scale rate), over the pixels with counts,
+// whose `lit_profile` and `lit_background` are the rates at X = 1 and X = 0. Where most pixels have a rate of about 1 /
+// scale their logarithms are near 0, and so is what rounding makes of the same logarithm a thousand times.
 struct ShareSums {
   double first, second, third, log_rate;
 };
 
-template <class T, bool at_mode> XTALFAST_INLINE ShareSums share_sums(const Row<T> &row, double share, T *ratios) {
+template <class T, bool at_mode>
+XTALFAST_INLINE ShareSums share_sums(const Row<T> &row, double share, T scale, T *ratios) {
   const Vector<T> tiny = splat(static_cast<T>(smallest_rate));
   const T x = static_cast<T>(share), rest = static_cast<T>(1 - share);
   LongSum<T> first, second, third, log_rate;
@@ -71,7 +73,7 @@ template <class T, bool at_mode> XTALFAST_INLINE ShareSums share_sums(const Row<
       second.part += weighted * ratio;
       if (at_mode) {
         third.part += weighted * ratio * ratio;
-        log_rate.part += y * vector_log(rate);
+        log_rate.part += y * vector_log(scale * rate);
         store(ratios + j, ratio);
       }
     }
@@ -92,14 +94,14 @@ struct ShareMaximum {
 template <class T>
 XTALFAST_INLINE ShareMaximum most_likely_share(const Row<T> &row, double a, double c, double start, double tolerance) {
   if (a == 0 && c == 0) {
-    if (share_sums<T, false>(row, 0.0, nullptr).first <= 0)
+    if (share_sums<T, false>(row, 0.0, T(1), nullptr).first <= 0)
       return {0.0, 0, true};
-    if (share_sums<T, false>(row, 1.0, nullptr).first >= 0)
+    if (share_sums<T, false>(row, 1.0, T(1), nullptr).first >= 0)
       return {1.0, 0, true};
   }
   double x = start, low = -farthest, high = farthest;
   for (int step = 1; step <= most_steps; ++step) {
-    const ShareSums sums = share_sums<T, false>(row, x, nullptr);
+    const ShareSums sums = share_sums<T, false>(row, x, T(1), nullptr);
     const double slope = sums.first + a / x - c / (1 - x);
     const double curvature = sums.second + a / (x * x) + c / ((1 - x) * (1 - x));
     const double t = std::log(x / (1 - x));

@@ -48,12 +48,13 @@ def share_slopes(
     size,
     to_one,
     to_zero,
+    scale,
     share,
     BITS: tl.constexpr,
     BACKGROUND_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """sum y r^k for k = 1, 2, 3 with r = d log(rate) / dX, and sum y log(rate), at share X; double."""
+    """sum y r^k for k = 1, 2, 3 with r = d log(rate) / dX, and sum y log(scale rate), at share X; double."""
     dtype: tl.constexpr = profile.dtype.element_ty
     x, rest = share.to(dtype), (1.0 - share).to(dtype)
     firsts, seconds = tl.zeros([BLOCK], dtype), tl.zeros([BLOCK], dtype)
@@ -69,7 +70,7 @@ def share_slopes(
         firsts += weighted
         seconds += weighted * ratio
         thirds += weighted * ratio * ratio
-        log_rates += y * tl.log(rate)
+        log_rates += y * tl.log(scale * rate)  # near 0 for most pixels: rounding is not repeated
     return (
         tl.sum(firsts, 0).to(tl.float64),
         tl.sum(seconds, 0).to(tl.float64),
@@ -181,6 +182,7 @@ def _share_likelihood_kernel(
     q_total = tl.sum(background_sums, 0).to(tl.float64) + tl.load(prior + 3 * n + row)
     to_one = (1.0 / tl.where(p_total > 0.0, p_total, 1.0)).to(dtype)
     to_zero = (1.0 / tl.where(q_total > 0.0, q_total, 1.0)).to(dtype)
+    scale = tl.where(q_total > 0.0, q_total, 1.0).to(dtype)
     tl.store(summary + row, p_total)
     tl.store(summary + n + row, q_total)
     tl.store(summary + 2 * n + row, tl.sum(photons, 0).to(tl.float64))
@@ -195,7 +197,7 @@ def _share_likelihood_kernel(
     step = 0
     while step <= MOST_STEPS:
         slope, curvature, skew, log_rate = share_slopes(
-            counts, mask, background, profile, first, size, to_one, to_zero, mode, BITS, BACKGROUND_ROWS, BLOCK
+            counts, mask, background, profile, first, size, to_one, to_zero, scale, mode, BITS, BACKGROUND_ROWS, BLOCK
         )
         rise = slope + a / mode - c / (1.0 - mode)
         bend = curvature + a / (mode * mode) + c / ((1.0 - mode) * (1.0 - mode))
@@ -215,6 +217,7 @@ def _share_likelihood_kernel(
     a_low, c_low = tl.minimum(a, 1.0), tl.minimum(c, 1.0)
     ends = s_from_share(tl.minimum(tl.maximum(mode + sign * reach, 0.0), 1.0), a_low, c_low)
     s_low, s_high = tl.sum(tl.where(upper, 0.0, ends), 0), tl.sum(tl.where(upper, ends, 0.0), 0)
+    log_rate -= tl.sum(photons, 0).to(tl.float64) * tl.log(scale.to(tl.float64))
     tl.store(summary + 4 * n + row, log_rate)
     tl.store(summary + 5 * n + row, s_low)
     tl.store(summary + 6 * n + row, s_high)

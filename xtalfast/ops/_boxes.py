@@ -70,13 +70,13 @@ def check_boxes(
     if ptr is None:
         if counts.ndim != 2:
             raise ValueError(f"counts must be [N, P], or [M] with ptr [N + 1], got {list(counts.shape)} without ptr")
-        n, wanted = len(counts), "[N, P]"
+        n, wanted = counts.shape[0], "[N, P]"
     else:
         if ptr.dtype != torch.int64 or ptr.ndim != 1 or len(ptr) == 0:
             raise ValueError(f"ptr must be int64 [N + 1], got {ptr.dtype} {list(ptr.shape)}")
         if counts.ndim != 1:
             raise ValueError(f"counts must be [M] when ptr is given, got {list(counts.shape)}")
-        n, wanted = len(ptr) - 1, "[M]"
+        n, wanted = ptr.shape[0] - 1, "[M]"
         if not torch.compiler.is_compiling() and (ptr[0] != 0 or ptr[-1] != len(counts) or (ptr.diff() < 0).any()):
             raise ValueError(f"ptr must rise from 0 to M={len(counts)}, got {ptr[0].item()} to {ptr[-1].item()}")
     if mask is not None:
@@ -173,7 +173,7 @@ def check_rows(n: int, **values: Tensor | float | GammaPair) -> None:
         for part in parts:
             if not isinstance(part, Tensor | int | float):
                 raise TypeError(f"{name} must hold numbers or tensors, got {type(part).__name__}")
-            if isinstance(part, Tensor) and (part.ndim > 1 or (part.ndim == 1 and len(part) not in (1, n))):
+            if isinstance(part, Tensor) and (part.ndim > 1 or (part.ndim == 1 and part.shape[0] not in (1, n))):
                 raise ValueError(f"{name} must hold numbers or [N] with N={n}, got {list(part.shape)}")
 
 

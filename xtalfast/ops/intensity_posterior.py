@@ -16,7 +16,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +31,7 @@ from xtalfast.ops._boxes import (
     has_kernel,
     unpack,
 )
+from xtalfast.ops._quadrature import gauss_legendre, interpolation
 from xtalfast.ops._share import first_share, most_likely_share, share_rate
 from xtalfast.ops.gamma import GammaPair
 from xtalfast.ops.profiles import Profile, materialise
@@ -113,21 +113,13 @@ class _Rule:
 
     def at(self, nodes: int) -> tuple[Tensor, Tensor]:
         """Shares X and log measures, [N, nodes] each."""
-        point, gauss_weight = (torch.from_numpy(t).to(self.a.device) for t in np.polynomial.legendre.leggauss(nodes))
+        point, gauss_weight = gauss_legendre(nodes, self.a.device)
         width = (self.s_high - self.s_low)[:, None]
         s = torch.clamp(self.s_low[:, None] + width * (0.5 + 0.5 * point), 1e-300, 1 - 2**-53)
         a, c = self.a[:, None], self.c[:, None]
         x, log_jacobian = _share_from_s(s, a.clamp(max=1.0), c.clamp(max=1.0))
         log_measure = a * torch.log(x) + c * torch.log1p(-x) + log_jacobian + torch.log(0.5 * gauss_weight * width)
         return x, log_measure
-
-
-def _interpolation(coarse: int, fine: int) -> Tensor:
-    """Matrix [coarse, fine] of the polynomial interpolation from Gauss-Legendre nodes to finer ones (barycentric)."""
-    (x, w), (y, _) = (np.polynomial.legendre.leggauss(n) for n in (coarse, fine))
-    barycentric = (-1.0) ** np.arange(coarse) * np.sqrt((1 - x**2) * w)
-    terms = barycentric[:, None] / (y - x[:, None])
-    return torch.from_numpy(terms / terms.sum(0))
 
 
 def share_likelihood(boxes: Boxes, prior: Tensor, nodes: int) -> tuple[Tensor, Tensor]:
@@ -204,13 +196,13 @@ def posterior_from_share(
     log_evidence = at_mode + log_integral + torch.lgamma(n_s) - a * torch.log(p_total) - c * torch.log(q_total)
     log_evidence = log_evidence - factorials + _log_prior_norm(a, alpha) + _log_prior_norm(c, beta)
 
-    quantiles_i = mean_i.new_empty(len(mean_i), len(quantiles))
+    quantiles_i = mean_i.new_empty(mean_i.shape[0], len(quantiles))
     if quantiles:
         # a mixture needs nodes closer than the width of S: the smooth part of log h is interpolated to more of them
         nodes = log_rates.shape[1]
         n_fine = _QUANTILE_NODES + (nodes == _QUANTILE_NODES)  # never on the coarse nodes
         x, log_measure = rule.at(n_fine)
-        fine = torch.softmax(log_rates @ _interpolation(nodes, n_fine).to(log_rates) + log_measure, 1)
+        fine = torch.softmax(log_rates @ interpolation(nodes, n_fine, log_rates.device) + log_measure, 1)
         for column, probability in enumerate(quantiles):
             rates = p_total[:, None] / x
             quantiles_i[:, column] = _mixture_quantiles(probability, fine, rates, n_s, mean_i, var_i)
@@ -247,7 +239,7 @@ def _mixture_quantiles(
         newton = x - above / density
         # a row that has arrived stays, while others still move
         x = torch.where((newton >= low) & (newton <= high), newton, 0.5 * (low + high))
-        if bool((above.abs() < _QUANTILE_TOLERANCE).all()):
+        if not torch.compiler.is_compiling() and bool((above.abs() < _QUANTILE_TOLERANCE).all()):
             break
     return x
 
@@ -289,7 +281,7 @@ def _(counts, mask, ptr, background, profile, prior, nodes):
 def _share_likelihood(counts, mask, ptr, background, profile, prior, nodes):
     boxes = KernelBoxes(counts, mask, ptr, background, profile.dtype)
     profile, prior = profile.contiguous(), prior.contiguous()
-    node = torch.from_numpy(np.polynomial.legendre.leggauss(nodes)[0])
+    node, _ = gauss_legendre(nodes, counts.device)
     summary, log_rates = prior.new_empty(7, prior.shape[1]), prior.new_empty(prior.shape[1], nodes)
     _native.require("intensity_posterior on the CPU").intensity_posterior(
         boxes.arguments,
@@ -310,7 +302,7 @@ def _share_likelihood(counts, mask, ptr, background, profile, prior, nodes):
 def _share_likelihood_on_gpu(counts, mask, ptr, background, profile, prior, nodes):
     from xtalfast.kernels.intensity_posterior import share_likelihood as launch
 
-    node = torch.from_numpy(np.polynomial.legendre.leggauss(nodes)[0]).to(counts.device)
+    node, _ = gauss_legendre(nodes, counts.device)
     summary, log_rates = prior.new_empty(7, prior.shape[1]), prior.new_empty(prior.shape[1], nodes)
     boxes = contiguous(counts, mask, ptr, background, profile, prior)
     with torch.cuda.device(counts.device):
