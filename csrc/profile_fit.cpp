@@ -6,7 +6,8 @@
 namespace xtalfast {
 namespace {
 
-constexpr double singular = 1e-12; // 1 - cosine^2 between profile and background: as in the Python reference
+// 1 - cosine^2 between profile and background below which rounding decides: as in the Python reference.
+template <class T> constexpr double singular = sizeof(T) == sizeof(double) ? 1e-12 : 1e-6;
 
 // Pearson's correlation of the counts and the rates I p + B b over the used pixels.
 template <class T> XTALFAST_INLINE double correlation(const Row<T> &row, T i, T b) {
@@ -34,7 +35,7 @@ struct Normal {
   double pp, pb, bb, py, by;
 
   double determinant() const { return pp * bb - pb * pb; }
-  bool solvable() const { return determinant() > singular * pp * bb; }
+  template <class T> bool solvable() const { return determinant() > singular<T> * pp * bb; }
 };
 
 template <class T> XTALFAST_INLINE Normal normal_equations(const Row<T> &row, T i_ref, T b_ref) {
@@ -70,7 +71,7 @@ struct Fit {
 template <class T> XTALFAST_INLINE Fit linear(const Row<T> &row, double i_ref, double b_ref) {
   Fit fit;
   const Normal n = fit.normal = normal_equations(row, static_cast<T>(i_ref), static_cast<T>(b_ref));
-  fit.solvable = fit.converged = n.solvable();
+  fit.solvable = fit.converged = n.template solvable<T>();
   fit.i = (n.bb * n.py - n.pb * n.by) / n.determinant();
   fit.b = (n.pp * n.by - n.pb * n.py) / n.determinant();
   return fit;
@@ -79,7 +80,7 @@ template <class T> XTALFAST_INLINE Fit linear(const Row<T> &row, double i_ref, d
 // At the maximum over I, B >= 0 the rates sum to the counts, so that only the share of the spot is searched.
 template <Isa isa, class T> XTALFAST_INLINE Fit most_likely(Row<T> &row, double tolerance, double least_background) {
   Fit fit;
-  fit.solvable = normal_equations(row, T(1), T(1)).solvable();
+  fit.solvable = normal_equations(row, T(1), T(1)).template solvable<T>();
   const double p_total = fit.solvable ? row.profile_sum : 1, b_total = fit.solvable ? row.background_sum : 1;
   gather_lit_values<isa>(row);
   const T to_one = static_cast<T>(1 / p_total), to_zero = static_cast<T>(1 / b_total);
@@ -94,7 +95,7 @@ template <Isa isa, class T> XTALFAST_INLINE Fit most_likely(Row<T> &row, double 
   fit.iterations = top.steps;
   fit.converged = top.found && fit.solvable;
   fit.normal = normal_equations(row, static_cast<T>(fit.i), static_cast<T>(std::max(fit.b, least_background)));
-  fit.solvable = fit.normal.solvable();
+  fit.solvable = fit.normal.template solvable<T>();
   return fit;
 }
 

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from xtalfast.kernels._shoebox import SMALLEST_RATE, box_extent, load_pixels, tile_configs
 
-SINGULAR = tl.constexpr(1e-12)  # 1 - (cosine between profile and background)^2, as in the reference
+# 1 - (cosine between profile and background)^2, as in the reference, in double and single precision
+SINGULAR = tl.constexpr(1e-12)
+SINGULAR_SINGLE = tl.constexpr(1e-6)
 
 
 @triton.autotune(configs=tile_configs((256, 4), (128, 2)), key=["pixels"])
@@ -59,7 +61,7 @@ def _profile_fit_kernel(
     a, c, d = tl.sum(pp, 0).to(tl.float64), tl.sum(pb, 0).to(tl.float64), tl.sum(bb, 0).to(tl.float64)
     e, f = tl.sum(py, 0).to(tl.float64), tl.sum(by, 0).to(tl.float64)
     determinant = a * d - c * c
-    solved = determinant > SINGULAR * a * d
+    solved = determinant > (SINGULAR if dtype == tl.float64 else SINGULAR_SINGLE) * a * d
     inverse = 1.0 / tl.where(solved, determinant, 1.0)
     i = tl.where(solved, (d * e - c * f) * inverse, 0.0)
     b_fit = tl.where(solved, (a * f - c * e) * inverse, 0.0)

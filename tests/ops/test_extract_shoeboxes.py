@@ -171,6 +171,12 @@ BBOX = torch.zeros((3, 6), dtype=torch.int32)
         ({"images": IMAGES[0]}, ValueError, r"images must be \[Z, Y, X\], got \[8, 9\]"),
         ({"bbox": BBOX.long()}, TypeError, r"bbox must be int32 \[N, 6\], got torch.int64"),
         ({"bbox": BBOX[:, :4]}, ValueError, r"bbox must be int32 \[N, 6\], got \[3, 4\]"),
+        (
+            {"bbox": torch.tensor([[-(2**31), 2**31 - 1] * 3], dtype=torch.int32)},
+            ValueError,
+            "bbox must hold at most 16777216 voxels a box, got one of 79228162",
+        ),
+        ({"bbox": BBOX.to("meta")}, ValueError, "bbox must be on the device of images"),
         ({"mask": torch.ones(8, 9)}, TypeError, "mask must be bool or uint8, got torch.float32"),
         ({"mask": torch.ones(9, 8, dtype=torch.bool)}, ValueError, r"mask must be \[Y, X\] = \[8, 9\]"),
         ({"dtype": torch.int64}, TypeError, "dtype must be torch.uint16, torch.int32 or None"),

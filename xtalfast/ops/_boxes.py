@@ -16,6 +16,7 @@ from xtalfast.ops.gamma import GammaPair, TensorPair
 from xtalfast.ops.profiles import LowRankProfile, MVNProfile, Profile, SoftmaxProfile, materialise, segment_sum
 
 SMALLEST_RATE = 1e-25  # photons; rates below are taken for it, so that p = 0 with y > 0 stays finite
+MOST_PIXELS = 1 << 24  # of one box: what a thread keeps of it must fit into memory
 _HAS_TRITON = find_spec("triton") is not None
 _COUNT_DTYPES = (torch.uint8, torch.uint16, torch.int16, torch.int32, torch.int64)
 
@@ -79,6 +80,11 @@ def check_boxes(
         n, wanted = ptr.shape[0] - 1, "[M]"
         if not torch.compiler.is_compiling() and (ptr[0] != 0 or ptr[-1] != len(counts) or (ptr.diff() < 0).any()):
             raise ValueError(f"ptr must rise from 0 to M={len(counts)}, got {ptr[0].item()} to {ptr[-1].item()}")
+    longest = counts.shape[1] if ptr is None else 0
+    if ptr is not None and not torch.compiler.is_compiling() and n:
+        longest = int(ptr.diff().max())
+    if longest > MOST_PIXELS:
+        raise ValueError(f"a box must hold at most {MOST_PIXELS} pixels, got one of {longest}")
     if mask is not None:
         if mask.is_floating_point() or mask.is_complex():
             raise TypeError(f"mask must be bool, or integer DIALS mask bits, got {mask.dtype}")
@@ -88,6 +94,8 @@ def check_boxes(
         wanted_b = "[P] or [N, P]" if ptr is None else "[M]"
         raise ValueError(f"background must be {wanted_b} for counts {list(counts.shape)}, got {list(background.shape)}")
     _check_profile(profile, counts, n, ptr, wanted)
+    if background is not None and background.device == counts.device:
+        _check_not_negative("background", background)
     for name, tensor in (("mask", mask), ("ptr", ptr), ("background", background)):
         if tensor is not None and tensor.device != counts.device:
             raise ValueError(f"{name} is on {tensor.device}, counts on {counts.device}: move them to one device")
@@ -126,10 +134,30 @@ def _check_profile(profile: Profile, counts: Tensor, n: int, ptr: Tensor | None,
             raise ValueError(f"{name} must be {list(shape)} for counts {wanted}, got {list(tensor.shape)}")
         if tensor.device != counts.device:
             raise ValueError(f"{name} is on {tensor.device}, counts on {counts.device}: move them to one device")
-    if isinstance(profile, Tensor) and not torch.compiler.is_compiling() and profile.numel():
-        lowest = profile.detach().amin()
+    if isinstance(profile, Tensor):
+        _check_not_negative("profile", profile)
+
+
+def _check_not_negative(name: str, values: Tensor) -> None:
+    if not torch.compiler.is_compiling() and values.numel():
+        lowest = values.detach().amin()
         if not lowest >= 0:  # also catches NaN, which amin hands on
-            raise ValueError(f"profile must be finite and not negative, its smallest value is {lowest.item()}")
+            raise ValueError(f"{name} must be finite and not negative, its smallest value is {lowest.item()}")
+
+
+def check_photons(counts: Tensor, mask: Tensor | None) -> None:
+    """Check that the used pixels hold photon counts: a Poisson likelihood is not defined below 0.
+
+    Raises:
+        ValueError: a count of a used pixel is negative or not a number.
+    """
+    if counts.dtype in (torch.uint8, torch.uint16) or torch.compiler.is_compiling() or not counts.numel():
+        return
+    lowest = counts.amin()
+    if not lowest >= 0 and mask is not None:
+        lowest = torch.where(used_pixels(mask), counts, 0).amin()
+    if not lowest >= 0:
+        raise ValueError(f"counts of used pixels must not be negative or NaN, got {lowest.item()}: mask such pixels")
 
 
 def profile_dtype(profile: Profile) -> torch.dtype:
@@ -173,13 +201,26 @@ def check_rows(n: int, **values: Tensor | float | GammaPair) -> None:
         for part in parts:
             if not isinstance(part, Tensor | int | float):
                 raise TypeError(f"{name} must hold numbers or tensors, got {type(part).__name__}")
-            if isinstance(part, Tensor) and (part.ndim > 1 or (part.ndim == 1 and part.shape[0] not in (1, n))):
+            if isinstance(part, Tensor) and (part.ndim > 1 or (part.ndim == 1 and part.shape[0] != 1 and part.shape[0] != n)):
                 raise ValueError(f"{name} must hold numbers or [N] with N={n}, got {list(part.shape)}")
 
 
 def per_reflection(value: Tensor | float, n: int, like: Tensor) -> Tensor:
     """A number or tensor [N] as a float64 tensor [N] on the device of `like`."""
     return torch.as_tensor(value, device=like.device).to(torch.float64).expand(n)
+
+
+def check_prior(name: str, pair: GammaPair) -> None:
+    """Check the range of the prior of I or B: shape above 0, rate not below (0 is improper, and allowed).
+
+    Raises:
+        ValueError: outside, or not a number.
+    """
+    if torch.compiler.is_compiling():
+        return
+    shape, rate = (torch.as_tensor(value) for value in pair)
+    if not (bool((shape > 0).all()) and bool((rate >= 0).all())):
+        raise ValueError(f"{name} must have shape > 0 and rate >= 0, got {pair[0]} and {pair[1]}")
 
 
 def gamma_rows(pair: GammaPair, n: int, like: Tensor) -> TensorPair:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from xtalfast import _native
+from xtalfast.ops._boxes import MOST_PIXELS
 
 __all__ = ["Shoeboxes", "extract_shoeboxes", "extract_shoeboxes_reference"]
 
@@ -78,7 +79,12 @@ def extract_shoeboxes_reference(
 
 def _box_pointers(bbox: Tensor) -> Tensor:
     """First voxel of each box, and the end: int64 [N + 1]."""
-    volume = (bbox[:, 1::2].long() - bbox[:, ::2].long()).clamp(min=0).prod(1)
+    sides = (bbox[:, 1::2].long() - bbox[:, ::2].long()).clamp(min=0)
+    if not torch.compiler.is_compiling() and bbox.shape[0]:
+        largest = float(sides.double().prod(1).max())  # the product itself may overflow
+        if largest > MOST_PIXELS:
+            raise ValueError(f"bbox must hold at most {MOST_PIXELS} voxels a box, got one of {largest:.0f}")
+    volume = sides.prod(1)
     return torch.nn.functional.pad(volume.cumsum(0), (1, 0))
 
 
@@ -178,7 +184,8 @@ def extract_shoeboxes(
 
     Raises:
         TypeError: wrong kind or dtype of an argument.
-        ValueError: wrong shape or device, `box` is not the size of every box, or an empty trusted range.
+        ValueError: wrong shape or device, `box` is not the size of every box, a box of more than 2^24 voxels, or an
+            empty trusted range.
     """
     _check(images, bbox, mask, trusted_range, dtype)
     ptr = _box_pointers(bbox)
@@ -188,7 +195,7 @@ def extract_shoeboxes(
             raise ValueError("box must be the size (z, y, x) of all boxes under torch.compile, got None")
         n_voxels = int(ptr[-1])
     else:
-        n_voxels = len(bbox) * box[0] * box[1] * box[2]
+        n_voxels = bbox.shape[0] * box[0] * box[1] * box[2]
         if not compiling and not bool((bbox[:, 1::2] - bbox[:, ::2] == bbox.new_tensor(box[::-1])).all()):
             raise ValueError(f"box must be the size of all boxes, got {tuple(box)} and boxes of other sizes")
     low, high = max(int(trusted_range[0]), 0), min(int(trusted_range[1]), INT32_MAX)

@@ -25,6 +25,8 @@ from xtalfast.ops._boxes import (
     KernelBoxes,
     box_chunks,
     check_boxes,
+    check_photons,
+    check_prior,
     check_rows,
     contiguous,
     gamma_rows,
@@ -354,7 +356,10 @@ def intensity_posterior(
         6.0
     """
     n = check_boxes(counts, mask, profile, ptr, background)
+    check_photons(counts, mask)
     check_rows(n, prior_i=prior_i, prior_bg=prior_bg)
+    check_prior("prior_i", prior_i)
+    check_prior("prior_bg", prior_bg)
     if any(not 0 < q < 1 for q in quantiles):
         raise ValueError(f"quantiles must be between 0 and 1, got {tuple(quantiles)}")
     if nodes < 2:

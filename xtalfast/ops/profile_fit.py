@@ -24,6 +24,7 @@ from xtalfast.ops._boxes import (
     KernelBoxes,
     box_chunks,
     check_boxes,
+    check_photons,
     check_rows,
     contiguous,
     has_kernel,
@@ -38,7 +39,8 @@ from xtalfast.ops.profiles import Profile, materialise
 Method = Literal["linear", "ml"]
 
 _MIN_BACKGROUND = 1e-6  # photons per pixel: keeps v > 0 where the profile is 0 and no background was seen
-_SINGULAR = 1e-12  # 1 - (cosine between profile and background)^2 below which the two cannot be told apart
+# 1 - (cosine between profile and background)^2 below which the two cannot be told apart
+_SINGULAR = {torch.float64: 1e-12, torch.float32: 1e-6}
 _ML_TOLERANCE = 1e-4  # sd from the maximum at the last but one step
 
 
@@ -70,6 +72,7 @@ class _Normal:
     bb: Tensor
     py: Tensor
     by: Tensor
+    singular: float
 
     @classmethod
     def at(cls, boxes: Boxes, i: Tensor, b: Tensor) -> _Normal:
@@ -84,7 +87,8 @@ class _Normal:
             wp * boxes.counts,
             wb * boxes.counts,
         )
-        return cls(*(boxes.total(t).to(torch.float64) for t in products))
+        pp, pb, bb, py, by = (boxes.total(t).to(torch.float64) for t in products)
+        return cls(pp, pb, bb, py, by, _SINGULAR[dtype])
 
     @property
     def determinant(self) -> Tensor:
@@ -92,7 +96,7 @@ class _Normal:
 
     @property
     def solvable(self) -> Tensor:
-        return self.determinant > _SINGULAR * self.pp * self.bb
+        return self.determinant > self.singular * self.pp * self.bb
 
 
 def _correlation(boxes: Boxes, i: Tensor, b: Tensor) -> Tensor:
@@ -249,6 +253,15 @@ _library.impl("profile_fit_ml", _profile_fit_ml, "CPU")
 _library.impl("profile_fit_ml", _profile_fit_ml_by_reference, "CUDA")
 
 
+def _check_finite(at: tuple[Tensor | float, Tensor | float]) -> None:
+    if torch.compiler.is_compiling():
+        return
+    for name, value in zip(("I_ref", "B_ref"), at):
+        bad = (~torch.isfinite(torch.as_tensor(value))).nonzero()
+        if len(bad):
+            raise ValueError(f"at must be finite, got {name} = {value if bad.numel() == 0 else value[bad[0]].item()}")
+
+
 @torch.no_grad()
 def profile_fit(
     counts: Tensor,
@@ -288,8 +301,11 @@ def profile_fit(
     n = check_boxes(counts, mask, profile, ptr, background)
     if at is not None:
         check_rows(n, at=at)
+        _check_finite(at)
     if method not in ("linear", "ml"):
         raise ValueError(f"method must be 'linear' or 'ml', got {method!r}")
+    if method == "ml":
+        check_photons(counts, mask)
     if has_kernel(counts.device) and (method == "linear" or counts.device.type == "cpu"):
         values = materialise(profile, ptr)
         values = values.to(torch.promote_types(values.dtype, torch.float32))
