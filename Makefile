@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # Threads that wait asleep: spinning ones slow a busy machine down tenfold.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help system setup build demo test bench results lint format docs new-op clean
+.PHONY: help system setup build demo test sanitize bench results lint format docs new-op clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -36,6 +36,23 @@ demo: setup  ## simulate a data set, integrate it, compare with its truth: demo/
 
 test: setup  ## the whole test-suite
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+
+SANITIZED := build/sanitize
+# what runs code of csrc/; a sanitized extension needs the runtime of the sanitizer before all else
+SANITIZE_TESTS ?= $(addprefix tests/ops/test_, boxes.py density_map.py extract_shoeboxes.py intensity_posterior.py \
+  patterson_map.py poisson_gamma_elbo.py profile_fit.py structure_factors.py) tests/io/test_cbf.py
+# compiling and exporting run no other code of ours than the same ops called directly
+SANITIZE_SKIP := compile or export or graph or instruction_set_that_does_not or dense_grid or coverage or beyond_two
+LIBRARY = $(shell $(CXX) -print-file-name=$(1))
+
+sanitize: setup  ## tests of the ops with csrc/ built to find bad addresses and undefined behaviour
+	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation --no-deps --upgrade \
+	  --target $(SANITIZED)/site -C build-dir=$(SANITIZED)/cmake -C cmake.define.XTALFAST_SANITIZE=ON \
+	  -C cmake.define.XTALFAST_CUDA=OFF .
+	LD_PRELOAD="$(call LIBRARY,libasan.so) $(call LIBRARY,libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 \
+	UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
+	PYTHONPATH=$(SANITIZED)/site:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+	  $(BIN)/python -S -P -m pytest -q -n0 -p no:cacheprovider -s $(SANITIZE_TESTS) -k "not ($(SANITIZE_SKIP))"
 
 bench: setup  ## speed ratios against in-run baselines, compared with bench/baseline.json
 	OMP_NUM_THREADS=1 $(BIN)/pytest bench --benchmark-sort=name --benchmark-columns=min,median,rounds $(PYTEST_ARGS)
