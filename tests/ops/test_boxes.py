@@ -244,7 +244,7 @@ def test_bad_prior(prior):
 
 @pytest.mark.parametrize("at", [(float("nan"), 1.0), (1.0, torch.tensor([1.0, float("inf"), 1.0]))])
 def test_a_reference_must_be_finite(at):
-    with pytest.raises(ValueError, match="at must be finite, got [IB]_ref = (nan|inf)"):
+    with pytest.raises(ValueError, match=r"at must be finite, got [IB]_ref = (nan|inf)"):
         profile_fit(C, M, P, at=at)
 
 

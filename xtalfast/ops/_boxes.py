@@ -201,7 +201,8 @@ def check_rows(n: int, **values: Tensor | float | GammaPair) -> None:
         for part in parts:
             if not isinstance(part, Tensor | int | float):
                 raise TypeError(f"{name} must hold numbers or tensors, got {type(part).__name__}")
-            if isinstance(part, Tensor) and (part.ndim > 1 or (part.ndim == 1 and part.shape[0] != 1 and part.shape[0] != n)):
+            rows = part.shape if isinstance(part, Tensor) else ()
+            if len(rows) > 1 or (len(rows) == 1 and rows[0] != 1 and rows[0] != n):
                 raise ValueError(f"{name} must hold numbers or [N] with N={n}, got {list(part.shape)}")
 
 
