@@ -52,7 +52,8 @@ sanitize: setup  ## tests of the ops with csrc/ built to find bad addresses and 
 	LD_PRELOAD="$(call LIBRARY,libasan.so) $(call LIBRARY,libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 \
 	UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
 	PYTHONPATH=$(SANITIZED)/site:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
-	  $(BIN)/python -S -P -m pytest -q -n0 -p no:cacheprovider -s $(SANITIZE_TESTS) -k "not ($(SANITIZE_SKIP))"
+	  $(BIN)/python -S -P -m pytest -q -n0 -p no:cacheprovider -s $(SANITIZE_TESTS) -m "not dials" \
+	  -k "not ($(SANITIZE_SKIP))"
 
 bench: setup  ## speed ratios against in-run baselines, compared with bench/baseline.json
 	OMP_NUM_THREADS=1 $(BIN)/pytest bench --benchmark-sort=name --benchmark-columns=min,median,rounds $(PYTEST_ARGS)

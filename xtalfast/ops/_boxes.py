@@ -201,14 +201,17 @@ def check_rows(n: int, **values: Tensor | float | GammaPair) -> None:
         for part in parts:
             if not isinstance(part, Tensor | int | float):
                 raise TypeError(f"{name} must hold numbers or tensors, got {type(part).__name__}")
-            rows = part.shape if isinstance(part, Tensor) else ()
-            if len(rows) > 1 or (len(rows) == 1 and rows[0] != 1 and rows[0] != n):
+            if isinstance(part, Tensor) and (part.ndim > 1 or (part.ndim == 1 and not _fits(part.shape[0], n))):
                 raise ValueError(f"{name} must hold numbers or [N] with N={n}, got {list(part.shape)}")
 
 
 def per_reflection(value: Tensor | float, n: int, like: Tensor) -> Tensor:
     """A number or tensor [N] as a float64 tensor [N] on the device of `like`."""
     return torch.as_tensor(value, device=like.device).to(torch.float64).expand(n)
+
+
+def _fits(rows: int, n: int) -> bool:
+    return bool(rows == 1) or bool(rows == n)
 
 
 def check_prior(name: str, pair: GammaPair) -> None:

@@ -257,9 +257,10 @@ def _check_finite(at: tuple[Tensor | float, Tensor | float]) -> None:
     if torch.compiler.is_compiling():
         return
     for name, value in zip(("I_ref", "B_ref"), at):
-        bad = (~torch.isfinite(torch.as_tensor(value))).nonzero()
+        values = torch.as_tensor(value).reshape(-1)
+        bad = values[~torch.isfinite(values)]
         if len(bad):
-            raise ValueError(f"at must be finite, got {name} = {value if bad.numel() == 0 else value[bad[0]].item()}")
+            raise ValueError(f"at must be finite, got {name} = {bad[0].item()}")
 
 
 @torch.no_grad()
