@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from xtalfast.cli import main
 from xtalfast.density.conformers import RESIDUES, conformers, ids_from_sequence
+from xtalfast.density.fragment_set import make_fragments
+from xtalfast.density.fragments import FragmentSettings
 
 BOND = {"N-CA": 1.458, "CA-C": 1.525, "C-N": 1.329}
 ANGLE = {"N-CA-C": 111.0, "CA-C-N": 117.2, "C-N-CA": 121.7}
@@ -98,3 +101,21 @@ def structures(tmp_path_factory):
         torsions = [(-57, -47), (-120, 130), (-75, 145), (-65, -40)][i % 4]
         (folder / f"{i + 1}xa{i}.pdb").write_text(pdb_text(peptide(sequence, *torsions)))
     return folder
+
+
+@pytest.fixture(scope="session")
+def dipeptides(structures, tmp_path_factory):
+    """A set of dipeptides of the eight structures, both splits filled."""
+    settings = FragmentSettings.preset("dipeptide", test_fraction=0.3)
+    return make_fragments([structures], tmp_path_factory.mktemp("dipeptides"), settings)
+
+
+@pytest.fixture(scope="session")
+def weights(dipeptides, tmp_path_factory):
+    """Checkpoint of a tiny network after two steps."""
+    run = tmp_path_factory.mktemp("weights")
+    small = ("dim=8", "depth=1", "heads=2", "dim_head=4", "ff_dim=16", "batch=4", "max_validation=4")
+    changes = [text for change in small for text in ("--set", change)]
+    command = ["train", "density", str(dipeptides.path), "-o", str(run), "--preset", "dipeptide-small", "--quiet"]
+    assert main([*command, "--steps", "2", "--device", "cpu", *changes]) == 0
+    return run / "best.ckpt"

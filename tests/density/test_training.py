@@ -14,8 +14,6 @@ import torch
 
 from xtalfast.density import RecCrysFormerConfig
 from xtalfast.density.dataset import ExampleDataset, GridBatches
-from xtalfast.density.fragment_set import FragmentSet, make_fragments
-from xtalfast.density.fragments import FragmentSettings
 from xtalfast.density.train_config import PRESETS, DensityTrainConfig, changed_settings, density_preset
 from xtalfast.density.trained import Trained
 from xtalfast.density.training import DensityTrainer, train_density
@@ -50,10 +48,8 @@ train_density(FragmentSet.open(path), RecCrysFormerConfig.from_dict(json.loads(n
 
 
 @pytest.fixture(scope="module")
-def fragments(structures, tmp_path_factory) -> FragmentSet:
-    """Dipeptides of the test structures."""
-    settings = FragmentSettings.preset("dipeptide", test_fraction=0.3)
-    return make_fragments([structures], tmp_path_factory.mktemp("set"), settings)
+def fragments(dipeptides):
+    return dipeptides
 
 
 def run_script(fragments, network, training, run, kill_at=-1, steps=STEPS, launcher=()):

@@ -16,6 +16,7 @@ from xtalfast.cli import (
     integrate,
     modify,
     patterson,
+    phase,
     phase_error,
     predict,
     sfcalc,
@@ -47,6 +48,8 @@ app.command()(sfcalc.sfcalc)
 app.command()(patterson.patterson)
 app.command()(solve.solve)
 app.command()(modify.modify)
+app.command()(phase.phase)
+app.command()(phase.evaluate)
 app.command("phase-error")(phase_error.phase_error)
 app.command()(doctor.doctor)
 train_app = typer.Typer(no_args_is_help=True, help="Train a network.")

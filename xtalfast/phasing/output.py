@@ -52,11 +52,11 @@ def write_solution(directory: str | os.PathLike, found: Solution, data: Reflecti
     directory.mkdir(parents=True, exist_ok=True)
     files = [directory / name for name in ("phased.mtz", "map.ccp4", "solve.json")]
     sigmas = None if data.sigF is None else data.sigF[found.rows]
-    _write(files[0], found, found.F, found.fom, data.F[found.rows], sigmas)
+    write_mtz(files[0], found, found.F, found.fom, data.F[found.rows], sigmas)
     inverse = directory / "phased_inverse.mtz"
     inverse.unlink(missing_ok=True)
     if found.hand.choice == "undecided":
-        _write(inverse, found, found.F_inverse, found.fom, data.F[found.rows], sigmas)
+        write_mtz(inverse, found, found.F_inverse, found.fom, data.F[found.rows], sigmas)
         files.insert(1, inverse)
     write_ccp4(
         directory / "map.ccp4",
@@ -64,7 +64,7 @@ def write_solution(directory: str | os.PathLike, found: Solution, data: Reflecti
         found.cell,
         found.space_group,
     )
-    _write_json(directory / "solve.json", {**found.to_json(), "files": [file.name for file in files]})
+    write_json(directory / "solve.json", {**found.to_json(), "files": [file.name for file in files]})
     return files
 
 
@@ -74,7 +74,7 @@ def write_modified(directory: str | os.PathLike, modified: Modified, data: Refle
     directory.mkdir(parents=True, exist_ok=True)
     files = [directory / name for name in ("modified.mtz", "map.ccp4", "modify.json")]
     sigmas = None if data.sigF is None else data.sigF[modified.rows]
-    _write(files[0], modified, modified.F, modified.fom, data.F[modified.rows], sigmas)
+    write_mtz(files[0], modified, modified.F, modified.fom, data.F[modified.rows], sigmas)
     write_ccp4(
         files[1],
         density(modified.hkl, modified.F * modified.fom, modified.cell, modified.space_group, modified.d_min),
@@ -89,13 +89,14 @@ def write_modified(directory: str | os.PathLike, modified: Modified, data: Refle
         "d_min": modified.d_min,
         "n_reflections": len(modified.hkl),
     }
-    _write_json(files[2], facts)
+    write_json(files[2], facts)
     return files
 
 
-def _write(
+def write_mtz(
     path: Path, found: Solution | Modified, F: NDArray, fom: NDArray, observed: ArrayLike, sigmas: ArrayLike | None
 ) -> None:
+    """Write FWT PHWT FOM FP SIGFP: `F` [N] with figures of merit [N], and the measured amplitudes [N]."""
     write_phases(
         path,
         found.hkl,
@@ -108,5 +109,6 @@ def _write(
     )
 
 
-def _write_json(path: Path, facts: dict[str, Any]) -> None:
+def write_json(path: Path, facts: dict[str, Any]) -> None:
+    """Write facts with the program's version."""
     write_text(path, json.dumps({"xtalfast": xtalfast.__version__, **facts}, indent=1) + "\n")
