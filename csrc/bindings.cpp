@@ -3,8 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
+#include <tuple>
 
 #include "byte_offset.hpp"
 #include "density_map.hpp"
@@ -17,6 +19,7 @@
 #include "poisson_gamma_elbo.hpp"
 #include "profile_fit.hpp"
 #include "spot_voxels.hpp"
+#include "standard_gamma.hpp"
 #include "structure_factors.hpp"
 #include "tight_cell.hpp"
 
@@ -271,6 +274,29 @@ PYBIND11_MODULE(_C, m) {
       py::arg("maps"), py::arg("grad"), py::arg("coords"), py::arg("b_iso"), py::arg("occupancy"), py::arg("on_cuda"),
       py::arg("stream"), py::arg("n_threads"));
 
+  m.def(
+      "standard_gamma",
+      [](std::uintptr_t shape, std::int64_t streams, std::int64_t rows, std::int64_t samples, std::int64_t first,
+         std::int64_t seed, std::uintptr_t draws, int n_threads) {
+        xtalfast::standard_gamma({pointer<double>(shape), streams, rows, samples, first,
+                                  static_cast<std::uint64_t>(seed), pointer<double>(draws), n_threads});
+      },
+      py::arg("shape"), py::arg("streams"), py::arg("rows"), py::arg("samples"), py::arg("first"), py::arg("seed"),
+      py::arg("draws"), py::arg("n_threads"), py::call_guard<py::gil_scoped_release>());
+  // Rows of the table [rows, n] from numbers and from tensors [n] or [1], given as (address, is double, stride).
+  m.def("gamma_table", [](const py::list &values, std::int64_t n, std::uintptr_t table) {
+    double *to = pointer<double>(table);
+    for (const py::handle value : values) {
+      if (py::isinstance<py::tuple>(value)) {
+        const auto [address, wide, stride] = value.cast<std::tuple<std::uintptr_t, bool, std::int64_t>>();
+        for (std::int64_t i = 0; i < n; ++i)
+          to[i] = wide ? pointer<double>(address)[i * stride] : pointer<float>(address)[i * stride];
+      } else {
+        std::fill_n(to, n, value.cast<double>());
+      }
+      to += n;
+    }
+  });
   m.def("poisson_gamma_elbo", [](const py::dict &boxes, const py::dict &d) {
     const auto address = [&](const char *name) { return d[name].cast<std::uintptr_t>(); };
     const xtalfast::ElboArguments arguments{shoeboxes(boxes),
@@ -281,21 +307,16 @@ PYBIND11_MODULE(_C, m) {
                                             pointer<void>(address("mean")),
                                             pointer<void>(address("scale_tril")),
                                             pointer<void>(address("grid")),
-                                            pointer<double>(address("q")),
-                                            pointer<double>(address("prior")),
+                                            pointer<double>(address("gammas")),
                                             d["nodes"].cast<int>(),
                                             d["samples"].cast<int>(),
-                                            pointer<double>(address("draws_i")),
-                                            pointer<double>(address("draws_b")),
+                                            pointer<double>(address("draws")),
+                                            pointer<double>(address("slopes")),
                                             pointer<double>(address("loss")),
-                                            pointer<double>(address("divergence")),
                                             pointer<void>(address("grad_profile")),
                                             pointer<void>(address("grad_mean")),
                                             pointer<void>(address("grad_scale")),
-                                            pointer<double>(address("grad_q")),
-                                            pointer<double>(address("grad_draws_i")),
-                                            pointer<double>(address("grad_draws_b")),
-                                            pointer<double>(address("grad_divergence"))};
+                                            pointer<double>(address("grad_gammas"))};
     const py::gil_scoped_release release;
     xtalfast::poisson_gamma_elbo(arguments);
   });

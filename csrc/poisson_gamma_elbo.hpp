@@ -1,5 +1,5 @@
-// -E_q log p(counts) of shoeboxes, the divergences of q from its priors, and all gradients, in one pass over the
-// counts.
+// -E_q log p(counts) of shoeboxes plus the weighted divergences of q from its priors, and all gradients, in one pass
+// over the counts.
 #pragma once
 
 #include "shoebox.hpp"
@@ -7,6 +7,9 @@
 namespace xtalfast {
 
 enum class ProfileKind : int { values, logits, gaussian };
+
+// Rows of `gammas` and of its gradient: shape and rate of q(I), of q(B), of the priors of I and of B; kappa of I and B.
+constexpr int n_gammas = 10;
 
 struct ElboArguments {
   Shoeboxes boxes;
@@ -17,21 +20,16 @@ struct ElboArguments {
   const void *mean;       // Gaussian: [n, 3]
   const void *scale_tril; // Gaussian: [n, 3, 3]
   const void *grid;       // Gaussian: [pixels, 3], or one for each pixel of ragged rows
-  const double *q;        // [4, n]: shape and rate of q(I), shape and rate of q(B)
-  const double *prior;    // [4, n], in the same order
-  int nodes;              // of the quadrature; 0 chooses by the shapes
+  const double *gammas;   // [10, n]
+  int nodes;              // of the quadrature; 0 chooses by shapes and photons
   int samples;            // above 0: Monte Carlo with the draws below instead
-  const double *draws_i;  // [n, samples]
-  const double *draws_b;
-  double *loss;         // [n] -E_q log p(counts)
-  double *divergence;   // [2, n] KL of q(I) and q(B)
-  void *grad_profile;   // like `profile`
-  void *grad_mean;      // [n, 3]
-  void *grad_scale;     // [n, 3, 3]
-  double *grad_q;       // [4, n] of the loss (quadrature)
-  double *grad_draws_i; // [n, samples] of the loss (Monte Carlo)
-  double *grad_draws_b;
-  double *grad_divergence; // [8, n]: d KL_i and d KL_b by shape, rate, prior shape, prior rate
+  const double *draws;    // [2, n, samples] of Gamma(shape, 1), for I and B
+  const double *slopes;   // their derivatives by the shape
+  double *loss;           // [n]
+  void *grad_profile;     // like `profile`
+  void *grad_mean;        // [n, 3]
+  void *grad_scale;       // [n, 3, 3]
+  double *grad_gammas;    // [10, n]
 };
 
 void poisson_gamma_elbo(const ElboArguments &arguments);

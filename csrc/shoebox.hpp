@@ -159,12 +159,19 @@ template <class T> XTALFAST_INLINE void gather_lit(Row<T> &row) {
 // Sum of log y! over a row; small whole numbers from a table.
 class LogFactorials {
 public:
-  static constexpr int size = 4096;
+  static constexpr int size = 4096, small_size = 32;
 
   LogFactorials() : table_(size) {
     for (int y = 0; y < size; ++y)
       table_[y] = std::lgamma(y + 1.0);
+    std::copy_n(table_.data(), small_size, small_);
   }
+
+  // log y! of one count, and of the first counts as a table in single precision.
+  double of(double y) const {
+    return y >= 0 && y < size && y == std::floor(y) ? table_[static_cast<int>(y)] : std::lgamma(y + 1);
+  }
+  const float *small() const { return small_; }
 
   template <class T> XTALFAST_INLINE double of(const T *counts, std::int64_t length, bool whole) const {
     Vector<T> most{};
@@ -195,6 +202,7 @@ public:
 
 private:
   std::vector<double> table_;
+  float small_[small_size];
 };
 
 inline bool whole_numbers(CountType type) { return type != CountType::float32 && type != CountType::float64; }

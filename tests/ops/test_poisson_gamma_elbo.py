@@ -350,16 +350,16 @@ def test_bad_input_is_named(change, error, message):
 def operator_arguments(form, estimator="quadrature"):
     """Arguments of torch.ops.xtalfast.poisson_gamma_elbo for each form of profile."""
     counts, mask, profile, q_i, q_bg = problem(3, (1, 3, 3))
-    q = torch.stack([*q_i, *q_bg]).requires_grad_()
-    prior = torch.rand(4, 3, dtype=torch.float64) + 0.5
-    draws = torch.rand(2, 3, 2, dtype=torch.float64).add(0.5).requires_grad_() if estimator == "mc" else None
+    others = torch.rand(6, 3, dtype=torch.float64) + 0.5  # priors, kappas
+    gammas = torch.cat([torch.stack([*q_i, *q_bg]), others]).requires_grad_()
+    seed = torch.tensor(3) if estimator == "mc" else None
     scale_tril = grid = None
     if form == "gaussian":
         profile = torch.zeros(3, 3, dtype=torch.float64)
         scale_tril, grid = torch.eye(3, dtype=torch.float64).repeat(3, 1, 1).requires_grad_(), grid_of((1, 3, 3))
     kind = ["values", "logits", "gaussian"].index(form)
     profile = profile.clone().requires_grad_()
-    return counts, mask, None, None, kind, profile, scale_tril, grid, q, prior, draws, 8, True
+    return counts, mask, None, None, kind, profile, scale_tril, grid, gammas, seed, 2, 0, 8, True
 
 
 @pytest.mark.parametrize("estimator", ["quadrature", "mc"])
@@ -370,7 +370,7 @@ def test_operator_passes_opcheck(form, estimator):
 
 def test_sampler_passes_opcheck():
     shape = torch.tensor([[0.3, 2.0], [5.0, 1.0]], dtype=torch.float64, requires_grad=True)
-    torch.library.opcheck(torch.ops.xtalfast.standard_gamma, (shape, 3, torch.tensor(7)))
+    torch.library.opcheck(torch.ops.xtalfast.standard_gamma, (shape, 3, torch.tensor(7), 0))
 
 
 @pytest.mark.parametrize("estimator", ["quadrature", "mc"])

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
+from threading import Lock
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from xtalfast import _native
@@ -293,14 +297,51 @@ def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
-def empty_pixels(like: Tensor) -> Tensor:
-    """Uninitialised contiguous memory of the shape and type of `like`; on the CPU numpy's, which asks for huge pages.
+class _Spares:
+    """Memory of large arrays that are made anew in every step, kept for the next one.
 
-    For arrays of megabytes the page faults of ordinary memory can cost more than a pass over them.
+    The kernel of the operating system clears every page that it hands out: for arrays of megabytes that costs more than
+    a pass over them. At most two blocks are kept, and one is used again only when nothing refers to it any more.
     """
+
+    _SMALLEST = 1 << 20  # bytes; below, malloc keeps the memory itself
+
+    def __init__(self) -> None:
+        self._blocks: list[NDArray[np.uint8]] = []
+        self._lock = Lock()
+        probe = np.empty(1, np.uint8)
+        self._unused = self._references([probe], 0)
+        del probe
+
+    @staticmethod
+    def _references(blocks: list[NDArray[np.uint8]], i: int) -> int:
+        return sys.getrefcount(blocks[i])
+
+    def empty(self, shape: tuple[int, ...], dtype: type) -> NDArray:
+        """Uninitialised array."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        if size < self._SMALLEST:
+            return np.empty(shape, dtype)
+        with self._lock:
+            for i in range(len(self._blocks)):
+                fits = size <= self._blocks[i].nbytes <= 2 * size
+                if fits and self._references(self._blocks, i) < self._unused:
+                    block = self._blocks[i]
+                    break
+            else:
+                block = np.empty(size, np.uint8)  # numpy asks for huge pages
+                self._blocks = [*self._blocks[-1:], block]
+            return block[:size].view(dtype).reshape(shape)
+
+
+_SPARES = _Spares()
+
+
+def empty_pixels(like: Tensor) -> Tensor:
+    """Uninitialised contiguous memory of the shape and type of `like`, on the CPU from the last step's if large."""
     if like.device.type != "cpu" or like.dtype not in _NUMPY_TYPES:
         return torch.empty_like(like, memory_format=torch.contiguous_format)
-    return torch.from_numpy(np.empty(tuple(like.shape), _NUMPY_TYPES[like.dtype]))
+    return torch.from_numpy(_SPARES.empty(tuple(like.shape), _NUMPY_TYPES[like.dtype]))
 
 
 _NUMPY_TYPES = {torch.float32: np.float32, torch.float64: np.float64}
