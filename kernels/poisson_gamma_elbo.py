@@ -1,7 +1,8 @@
 """Loss of variational integration and all its gradients: one program per box, the counts read once from memory.
 
-Three launches on the current stream: the divergences, the quadrature rule of every box (both in double precision, many
-boxes to a program), and the pass over the pixels. The gradients by q need no sum per node: they are linear in
+Launches on the current stream: the photons of every box where they choose the number of nodes, its quadrature rule, the
+pass over the pixels, and the divergences, which are added to what that left (rule and divergences in double precision,
+many boxes to a program). The gradients by q need no sum per node: they are linear in
 log(rate_k / rate at the mean), which each pixel adds up over the nodes before anything is summed over pixels.
 """
 
@@ -24,10 +25,13 @@ from xtalfast.kernels._shoebox import (
     tile_configs,
     whiten,
 )
+from xtalfast.ops._random import ATTEMPTS
 
 MOST_NODES = 96  # of the automatic choice
 _RULE_ROWS = 2  # boxes a program
 _DIVERGENCE_ROWS = 128
+_DRAWS = 128
+_PIXELS = 512
 # rows of the table of a rule: intensity, background, weight, and the weights of the gradients by the two shapes
 INTENSITY, BACKGROUND, WEIGHT, BY_SHARE, BY_REST = (tl.constexpr(k) for k in range(5))
 _TABLES = 5
@@ -88,34 +92,58 @@ def excess_of_logarithm(x):
 
 
 @triton.jit
-def _gamma_divergence_kernel(q, prior, divergence, by, n, GRADIENTS: tl.constexpr, ROWS: tl.constexpr):
-    """KL of Gamma(k, r) from Gamma(a, b), of I (program axis 1 is 0) or B, as `gamma_kl` of the reference has it."""
+def _gamma_divergence_kernel(gammas, loss, by_gammas, n, GRADIENTS: tl.constexpr, ROWS: tl.constexpr):
+    """Add kappa times the KL of I and of B, Gamma(k, r) from Gamma(a, b), to the loss and to its gradients."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    which = tl.program_id(1).to(tl.int64)
     inside = rows < n
-    k = tl.load(q + 2 * which * n + rows, mask=inside, other=1.0)
-    r = tl.load(q + (2 * which + 1) * n + rows, mask=inside, other=1.0)
-    a = tl.load(prior + 2 * which * n + rows, mask=inside, other=1.0)
-    b = tl.load(prior + (2 * which + 1) * n + rows, mask=inside, other=1.0)
-    slope = digamma_excess(k)
-    value = a * excess_of_logarithm(k * b / (a * r)) + 0.5 * excess_of_logarithm(a / k)
-    value += binet(a) - binet(k) - (a - k) * slope
-    tl.store(divergence + which * n + rows, value, mask=inside)
-    if GRADIENTS:
-        out = by + 4 * which * n + rows
-        digamma_k = slope + tl.log(k) - 0.5 / k
-        digamma_a = digamma_excess(a) + tl.log(a) - 0.5 / a
-        tl.store(out, (k - a) * trigamma(k) + b / r - 1.0, mask=inside)
-        tl.store(out + n, a / r - k * b / (r * r), mask=inside)
-        tl.store(out + 2 * n, digamma_a - digamma_k + tl.log(r / b), mask=inside)
-        tl.store(out + 3 * n, k / r - a / b, mask=inside)
+    n = rows * 0 + n  # in 64 bits
+    total = tl.load(loss + rows, mask=inside, other=0.0)
+    for which in tl.static_range(2):
+        q, prior, kappa_row = 2 * which * n + rows, (4 + 2 * which) * n + rows, (8 + which) * n + rows
+        k = tl.load(gammas + q, mask=inside, other=1.0)
+        r = tl.load(gammas + q + n, mask=inside, other=1.0)
+        a = tl.load(gammas + prior, mask=inside, other=1.0)
+        b = tl.load(gammas + prior + n, mask=inside, other=1.0)
+        kappa = tl.load(gammas + kappa_row, mask=inside, other=1.0)
+        slope = digamma_excess(k)
+        value = a * excess_of_logarithm(k * b / (a * r)) + 0.5 * excess_of_logarithm(a / k)
+        value += binet(a) - binet(k) - (a - k) * slope
+        total += kappa * value
+        if GRADIENTS:
+            digamma_k = slope + tl.log(k) - 0.5 / k
+            digamma_a = digamma_excess(a) + tl.log(a) - 0.5 / a
+            by_k = tl.load(by_gammas + q, mask=inside, other=0.0)
+            by_r = tl.load(by_gammas + q + n, mask=inside, other=0.0)
+            tl.store(by_gammas + q, by_k + kappa * ((k - a) * trigamma(k) + b / r - 1.0), mask=inside)
+            tl.store(by_gammas + q + n, by_r + kappa * (a / r - k * b / (r * r)), mask=inside)
+            tl.store(by_gammas + prior, kappa * (digamma_a - digamma_k + tl.log(r / b)), mask=inside)
+            tl.store(by_gammas + prior + n, kappa * (k / r - a / b), mask=inside)
+            tl.store(by_gammas + kappa_row, value, mask=inside)
+    tl.store(loss + rows, total, mask=inside)
 
 
 @triton.jit
-def nodes_needed(k_i, k_b, nodes: tl.constexpr):
-    """Nodes of the rule; chosen by the smaller of the two shapes when `nodes` is 0."""
+def _photons_kernel(counts, mask, ptr, photons, pixels, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Photons in the used pixels of each box, one program a box."""
+    row = tl.program_id(0).to(tl.int64)
+    first, size = box_extent(ptr, row, pixels)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, size, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        y, _, _ = load_pixels(counts, mask, None, first, at, at < size, BITS, False, tl.float32)
+        total += y
+    tl.store(photons + row, tl.sum(total, 0).to(tl.float64))
+
+
+@triton.jit
+def nodes_needed(k_i, k_b, photons, nodes: tl.constexpr):
+    """Nodes of the rule; when `nodes` is 0, chosen as by the reference."""
     smallest = tl.minimum(k_i, k_b)
-    chosen = tl.where(smallest >= 10.0, 24, tl.where(smallest >= 1.0, 40, 96))
+    x = 600.0 * photons * (1.0 + 2.0 / smallest) / smallest
+    root = tl.log(tl.where(x > 1.0, x, 1.0)) / 2.5
+    quads = tl.ceil(root * root * 0.25)
+    quads = tl.where(quads < 3.0, 3.0, tl.where(quads > 10.0, 10.0, quads))
+    chosen = tl.where(smallest >= 1.0, (4.0 * quads).to(tl.int32), 96)
     return chosen if nodes == 0 else chosen * 0 + nodes
 
 
@@ -137,7 +165,7 @@ def tanh(x):
 
 
 @triton.jit
-def _share_rule_kernel(q, rule, n, width, NODES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+def _share_rule_kernel(q, photons, rule, n, width, NODES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Tables [n, 5, width] of nodes over the share X ~ Beta(k_i, k_b): `quadrature_draws` of the reference."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = rows < n
@@ -145,7 +173,10 @@ def _share_rule_kernel(q, rule, n, width, NODES: tl.constexpr, ROWS: tl.constexp
     r_i = tl.load(q + n + rows, mask=inside, other=1.0)
     b = tl.load(q + 2 * n + rows, mask=inside, other=1.0)
     r_b = tl.load(q + 3 * n + rows, mask=inside, other=1.0)
-    count = nodes_needed(a, b, NODES)
+    total_photons = a * 0.0
+    if NODES == 0:
+        total_photons = tl.load(photons + rows, mask=inside, other=1.0)
+    count = nodes_needed(a, b, total_photons, NODES)
     steps = (count - 1).to(tl.float64)
 
     # the grid t = t_mode + s sinh(kappa u + eta): s and eta from its two ends, kappa from the spacing at the mode
@@ -201,7 +232,7 @@ def _share_rule_kernel(q, rule, n, width, NODES: tl.constexpr, ROWS: tl.constexp
 
 
 @triton.jit
-def load_node(rule, draws, row, k, n, width, dtype: tl.constexpr):
+def load_node(q, rule, draws, row, k, n, width, dtype: tl.constexpr):
     """Intensity and background of node or draw k, its weight, and its weights in the gradients by the two shapes."""
     if draws is None:
         table = rule + 5 * width * row + k
@@ -211,8 +242,8 @@ def load_node(rule, draws, row, k, n, width, dtype: tl.constexpr):
         by_share = tl.load(table + BY_SHARE * width)
         by_rest = tl.load(table + BY_REST * width)
     else:
-        i_k = tl.load(draws + row * width + k).to(dtype)
-        b_k = tl.load(draws + (n + row) * width + k).to(dtype)
+        i_k = (tl.load(draws + row * width + k) / tl.load(q + n + row)).to(dtype)
+        b_k = (tl.load(draws + (n + row) * width + k) / tl.load(q + 3 * n + row)).to(dtype)
         weight = tl.full([], 1.0, dtype) / width
         by_share = tl.full([], 0.0, dtype)
         by_rest = tl.full([], 0.0, dtype)
@@ -223,15 +254,14 @@ def load_node(rule, draws, row, k, n, width, dtype: tl.constexpr):
 def mean_rates(q, draws, row, n, width):
     """Means of I and of B under q, or of their draws."""
     if draws is None:
-        mean_i = tl.load(q + row) / tl.load(q + n + row)
-        mean_b = tl.load(q + 2 * n + row) / tl.load(q + 3 * n + row)
+        mean_i, mean_b = tl.load(q + row), tl.load(q + 2 * n + row)
     else:
         mean_i = tl.full([], 0.0, tl.float64)
         mean_b = tl.full([], 0.0, tl.float64)
         for k in range(width):
             mean_i += tl.load(draws + row * width + k) / width
             mean_b += tl.load(draws + (n + row) * width + k) / width
-    return mean_i, mean_b
+    return mean_i / tl.load(q + n + row), mean_b / tl.load(q + 3 * n + row)
 
 
 def fitting_configs(configs: list[triton.Config], arguments: dict[str, Tensor], **_: object) -> list[triton.Config]:
@@ -255,13 +285,14 @@ def _poisson_gamma_elbo_kernel(
     matrix,
     per_pixel,
     q,
+    photons_of,
     rule,
     draws,
+    slopes,
     loss,
     by_profile,
     by_matrix,
     by_q,
-    by_draws,
     n,
     pixels,
     width,
@@ -284,7 +315,10 @@ def _poisson_gamma_elbo_kernel(
 
     count = width
     if draws is None:
-        count = nodes_needed(tl.load(q + row), tl.load(q + 2 * n + row), NODES)
+        at_photons = tl.full([], 0.0, tl.float64)
+        if NODES == 0:
+            at_photons = tl.load(photons_of + row)
+        count = nodes_needed(tl.load(q + row), tl.load(q + 2 * n + row), at_photons, NODES)
     mean_i, mean_b = mean_rates(q, draws, row, n, width)
     at_i, at_b = mean_i.to(dtype), mean_b.to(dtype)
 
@@ -318,7 +352,7 @@ def _poisson_gamma_elbo_kernel(
         rest = tl.zeros([BLOCK], dtype)
         slope = tl.zeros([BLOCK], dtype)  # of sum_k w_k log(rate_k) by p
         for k in range(count):
-            i_k, b_k, weight, weight_share, weight_rest = load_node(rule, draws, row, k, n, width, dtype)
+            i_k, b_k, weight, weight_share, weight_rest = load_node(q, rule, draws, row, k, n, width, dtype)
             rate = i_k * p_used + b_k * b
             safe = tl.maximum(rate, SMALLEST_RATE)
             logarithm = tl.log(safe * inverse)
@@ -369,8 +403,12 @@ def _poisson_gamma_elbo_kernel(
             by_r_b = (total - spot.to(tl.float64) - mean_b * background_sum.to(tl.float64)) / r_b
             tl.store(by_q + 3 * n + row, by_r_b)
         else:
+            by_k_i = tl.full([], 0.0, tl.float64)
+            by_k_b = tl.full([], 0.0, tl.float64)
+            by_r_i = tl.full([], 0.0, tl.float64)
+            by_r_b = tl.full([], 0.0, tl.float64)
             for k in range(count):
-                i_k, b_k, weight, _, _ = load_node(rule, draws, row, k, n, width, dtype)
+                i_k, b_k, weight, _, _ = load_node(q, rule, draws, row, k, n, width, dtype)
                 by_i = tl.zeros([BLOCK], dtype)
                 by_b = tl.zeros([BLOCK], dtype)
                 for start in range(0, size, BLOCK):
@@ -384,9 +422,18 @@ def _poisson_gamma_elbo_kernel(
                     ratio = tl.where(used & (rate > SMALLEST_RATE), y / tl.maximum(rate, SMALLEST_RATE), 0.0)
                     by_i += ratio * p
                     by_b += ratio * b
-                tl.store(by_draws + row * width + k, (weight * (profile_sum - tl.sum(by_i, 0))).to(tl.float64))
-                out_b = by_draws + (n + row) * width + k
-                tl.store(out_b, (weight * (background_sum - tl.sum(by_b, 0))).to(tl.float64))
+                # by the draw itself; the draw is the standard one over the rate
+                r_i, r_b = tl.load(q + n + row), tl.load(q + 3 * n + row)
+                of_i = (weight * (profile_sum - tl.sum(by_i, 0))).to(tl.float64) / r_i
+                of_b = (weight * (background_sum - tl.sum(by_b, 0))).to(tl.float64) / r_b
+                by_k_i += of_i * tl.load(slopes + row * width + k)
+                by_k_b += of_b * tl.load(slopes + (n + row) * width + k)
+                by_r_i -= of_i * tl.load(draws + row * width + k) / r_i
+                by_r_b -= of_b * tl.load(draws + (n + row) * width + k) / r_b
+            tl.store(by_q + row, by_k_i)
+            tl.store(by_q + n + row, by_r_i)
+            tl.store(by_q + 2 * n + row, by_k_b)
+            tl.store(by_q + 3 * n + row, by_r_b)
 
         centre = at_i * profile_sum - spot  # sum of p g: what the softmax takes off the gradient by its logits
         if KIND == GAUSSIAN:
@@ -441,11 +488,64 @@ def solve_transposed(l00, l10, l11, l20, l21, l22, v0, v1, v2):
     return x0, x1, x2
 
 
-def share_rule(q: Tensor, rule: Tensor, nodes: int) -> None:
-    """Write the quadrature rules of all boxes, [N, 5, nodes], or [N, 5, 96] for the automatic choice, nodes = 0."""
+@triton.jit
+def _standard_gamma_kernel(
+    shape, seed, draws, first, rows, samples, total, ATTEMPTS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Draws [streams, rows, samples] of Gamma(shape, 1), `total` of them: `standard_gamma_reference`."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < total
+    draw = (at % samples).to(tl.uint32)
+    line = at // samples
+    row = line % rows + first
+    stream = (line // rows).to(tl.uint32)
+    a = tl.load(shape + line, mask=inside, other=1.0)
+    low = a < 1.0
+    d = tl.where(low, a + 1.0, a) - 0.3333333333333333
+    c = 1.0 / tl.sqrt(9.0 * d)
+    value = d
+    boost = d * 0.0 + 1.0
+    done = ~inside
+    key = tl.load(seed)
+    low_row, high_row = row.to(tl.uint32), (row >> 32).to(tl.uint32)
+    attempt = 0
+    while (attempt < ATTEMPTS) & (tl.min(done.to(tl.int32), 0) == 0):
+        w0, w1, w2, w3 = tl.philox(key, draw, low_row, high_row, stream * 65536 + attempt)
+        u0 = (w0.to(tl.float64) + 0.5) * 2.3283064365386963e-10
+        u1 = (w1.to(tl.float64) + 0.5) * 2.3283064365386963e-10
+        u2 = (w2.to(tl.float64) + 0.5) * 2.3283064365386963e-10
+        u3 = (w3.to(tl.float64) + 0.5) * 2.3283064365386963e-10
+        boost = tl.where(low & (attempt == 0), tl.exp(tl.log(u3) / a), boost)
+        x = tl.sqrt(-2.0 * tl.log(u0)) * tl.cos(6.283185307179586 * u1)
+        root = 1.0 + c * x
+        v = root * root * root
+        safe = tl.where(v > 0.0, v, 1.0)
+        accepted = (v > 0.0) & (tl.log(u2) < 0.5 * x * x + d - d * safe + d * tl.log(safe))
+        value = tl.where(accepted & ~done, d * safe, value)
+        done = done | accepted
+        attempt += 1
+    result = value * boost
+    smallest = 2.2250738585072014e-308
+    tl.store(draws + at, tl.where(result > smallest, result, smallest), mask=inside)
+
+
+def standard_gamma(shape: Tensor, seed: Tensor, first: int, draws: Tensor) -> None:
+    """Write draws [streams, rows, samples] of Gamma(shape, 1), shape [streams, rows] float64, seed int64."""
+    _, rows, samples = draws.shape
+    if draws.numel():
+        _standard_gamma_kernel[(triton.cdiv(draws.numel(), _DRAWS),)](
+            shape, seed, draws, first, rows, samples, draws.numel(), ATTEMPTS=ATTEMPTS, BLOCK=_DRAWS
+        )
+
+
+def share_rule(q: Tensor, photons: Tensor | None, rule: Tensor, nodes: int) -> None:
+    """Write the quadrature rules of all boxes, [N, 5, nodes], or [N, 5, 96] for the automatic choice, nodes = 0.
+
+    That takes the photons of every box, [N] float64.
+    """
     n, _, width = rule.shape
     _share_rule_kernel[(triton.cdiv(n, _RULE_ROWS),)](
-        q, rule, n, width, NODES=nodes, ROWS=_RULE_ROWS, WIDTH=triton.next_power_of_2(width)
+        q, photons, rule, n, width, NODES=nodes, ROWS=_RULE_ROWS, WIDTH=triton.next_power_of_2(width)
     )
 
 
@@ -458,20 +558,17 @@ def poisson_gamma_elbo(
     profile: Tensor,
     matrix: Tensor | None,
     per_pixel: Tensor | None,
-    q: Tensor,
-    prior: Tensor,
+    gammas: Tensor,
     draws: Tensor | None,
+    slopes: Tensor | None,
     nodes: int,
     gradients: bool,
     loss: Tensor,
-    divergence: Tensor,
     by_profile: Tensor,
     by_matrix: Tensor,
-    by_q: Tensor,
-    by_draws: Tensor,
-    divergence_by: Tensor,
+    by_gammas: Tensor,
 ) -> None:
-    """Write the loss of every box, the two divergences and, if wanted, their gradients; all tensors contiguous.
+    """Write the loss of every box and, if wanted, its gradients; all tensors contiguous.
 
     Args:
         counts: photons, [N, P] or [M] with `ptr`; any real type.
@@ -481,23 +578,25 @@ def poisson_gamma_elbo(
         kind: 0 values, 1 logits, 2 Gaussian, 3 low rank.
         profile, matrix, per_pixel: float32 or float64; values or logits like counts; mean [N, 3], scale_tril [N, 3, 3],
             grid [P or M, 3]; or latent [N, D], basis [D, P], bias [P].
-        q, prior: shape and rate of I, shape and rate of B, [4, N] float64.
-        draws: of I and of B, [2, N, S] float64, for Monte Carlo.
-        nodes: of the quadrature; 0 chooses by the shapes.
-        loss, divergence: [N] and [2, N] float64.
-        by_profile, by_matrix, by_q, by_draws, divergence_by: gradients, like what they are by; for kind 3, `by_profile`
-            is by the logits, like counts, because that by the shared basis is a matrix product.
+        gammas: shape and rate of q(I), of q(B), of the priors of I and B, and the two kappas, [10, N] float64.
+        draws, slopes: for Monte Carlo: standard draws for I and B and their derivatives by the shape (None without
+            gradients), [2, N, S] float64.
+        nodes: of the quadrature; 0 chooses by shapes and photons.
+        loss: [N] float64.
+        by_profile, by_matrix, by_gammas: gradients, like what they are by; for kind 3, `by_profile` is by the logits,
+            like counts, because that by the shared basis is a matrix product.
     """
-    n = q.shape[1]
+    n = gammas.shape[1]
     if n == 0:
         return
-    _gamma_divergence_kernel[(triton.cdiv(n, _DIVERGENCE_ROWS), 2)](
-        q, prior, divergence, divergence_by, n, GRADIENTS=gradients, ROWS=_DIVERGENCE_ROWS
-    )
-    rule, width = None, nodes or MOST_NODES
+    bits = mask is not None and mask.dtype != torch.bool
+    rule, photons, width = None, None, nodes or MOST_NODES
     if draws is None:
-        rule = torch.empty(n, _TABLES, width, dtype=profile.dtype, device=q.device)
-        share_rule(q, rule, nodes)
+        if nodes == 0:
+            photons = torch.empty(n, dtype=torch.float64, device=gammas.device)
+            _photons_kernel[(n,)](counts, mask, ptr, photons, counts.shape[-1], BITS=bits, BLOCK=_PIXELS)
+        rule = torch.empty(n, _TABLES, width, dtype=profile.dtype, device=gammas.device)
+        share_rule(gammas, photons, rule, nodes)
     else:
         width = draws.shape[2]
     _poisson_gamma_elbo_kernel[(n,)](
@@ -508,22 +607,26 @@ def poisson_gamma_elbo(
         profile,
         matrix,
         per_pixel,
-        q,
+        gammas,
+        photons,
         rule,
         draws,
+        slopes,
         loss,
         by_profile,
         by_matrix,
-        by_q,
-        by_draws,
+        by_gammas,
         n,
         counts.shape[-1],
         width,
         profile.shape[1] if kind == LOW_RANK.value else 0,
         NODES=nodes,
         KIND=kind,
-        BITS=mask is not None and mask.dtype != torch.bool,
+        BITS=bits,
         BACKGROUND_ROWS=background is not None and background.shape == counts.shape,
         WHOLE=not counts.is_floating_point(),
         GRADIENTS=gradients,
+    )
+    _gamma_divergence_kernel[(triton.cdiv(n, _DIVERGENCE_ROWS),)](
+        gammas, loss, by_gammas, n, GRADIENTS=gradients, ROWS=_DIVERGENCE_ROWS
     )

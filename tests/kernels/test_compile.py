@@ -21,9 +21,10 @@ from triton.runtime import Autotuner
 
 from xtalfast.kernels import intensity_posterior, profile_fit
 from xtalfast.kernels import poisson_gamma_elbo as elbo
+from xtalfast.ops._random import ATTEMPTS
 
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # most that one block may take
-SIZES = dict.fromkeys(("n", "pixels", "width", "rank", "nodes"), "i32")
+SIZES = dict.fromkeys(("n", "pixels", "width", "rank", "nodes", "rows", "samples", "total", "first"), "i32")
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Variant:
 def elbo_variant(kind: int, real: str = "fp32", **changes: object) -> Variant:
     matrix, per_pixel = (None, None) if kind < 2 else (real, real)
     pointers = {"counts": "u16", "mask": "u8", "ptr": None, "background": None, "profile": real, "matrix": matrix}
-    pointers |= {"per_pixel": per_pixel, "q": "fp64", "rule": real, "draws": None, "loss": "fp64", "by_profile": real}
-    pointers |= {"by_matrix": real, "by_q": "fp64", "by_draws": "fp64"}
+    pointers |= {"per_pixel": per_pixel, "q": "fp64", "photons_of": "fp64", "rule": real, "draws": None, "slopes": None}
+    pointers |= {"loss": "fp64", "by_profile": real, "by_matrix": real, "by_q": "fp64"}
     constants = {"NODES": 0, "KIND": kind, "BITS": True, "BACKGROUND_ROWS": False, "WHOLE": True, "GRADIENTS": True}
     pointers |= {name: value for name, value in changes.items() if name in pointers}
     constants |= {name: value for name, value in changes.items() if name in constants}
@@ -50,11 +51,23 @@ BOXES = {"counts": "u16", "mask": "u8", "ptr": None, "background": None, "profil
 VARIANTS = {
     "divergence": Variant(
         elbo._gamma_divergence_kernel,
-        dict.fromkeys(("q", "prior", "divergence", "by"), "fp64"),
+        dict.fromkeys(("gammas", "loss", "by_gammas"), "fp64"),
         {"GRADIENTS": True, "ROWS": elbo._DIVERGENCE_ROWS},
     ),
     "rule": Variant(
-        elbo._share_rule_kernel, {"q": "fp64", "rule": "fp32"}, {"NODES": 0, "ROWS": elbo._RULE_ROWS, "WIDTH": 128}
+        elbo._share_rule_kernel,
+        {"q": "fp64", "photons": "fp64", "rule": "fp32"},
+        {"NODES": 0, "ROWS": elbo._RULE_ROWS, "WIDTH": 128},
+    ),
+    "photons": Variant(
+        elbo._photons_kernel,
+        {"counts": "u16", "mask": "u8", "ptr": None, "photons": "fp64"},
+        {"BITS": True, "BLOCK": elbo._PIXELS},
+    ),
+    "draws": Variant(
+        elbo._standard_gamma_kernel,
+        {"shape": "fp64", "seed": "i64", "draws": "fp64"},
+        {"ATTEMPTS": ATTEMPTS, "BLOCK": elbo._DRAWS},
     ),
     "elbo-logits": elbo_variant(1),
     "elbo-gaussian": elbo_variant(2),
@@ -75,7 +88,7 @@ SPECIAL = {
     "elbo-low-rank": elbo_variant(3),
     "elbo-logits-ragged": elbo_variant(1, ptr="i64", background="fp32", BACKGROUND_ROWS=True),
     "elbo-logits-double": elbo_variant(1, "fp64", counts="fp64", WHOLE=False),
-    "elbo-gaussian-mc": elbo_variant(2, rule=None, draws="fp64"),
+    "elbo-gaussian-mc": elbo_variant(2, photons_of=None, rule=None, draws="fp64", slopes="fp64"),
     "elbo-values-loss": elbo_variant(0, GRADIENTS=False),
 }
 

@@ -5,7 +5,8 @@ import torch
 
 from xtalfast.ops import LowRankProfile, MVNProfile, SoftmaxProfile, gamma_kl
 from xtalfast.ops._boxes import unpack
-from xtalfast.ops.poisson_gamma_elbo import divergences, expected_loss, quadrature_draws
+from xtalfast.ops._random import standard_gamma_reference
+from xtalfast.ops.poisson_gamma_elbo import divergences, expected_loss, nodes_needed, quadrature_draws
 from xtalfast.testing import assert_within_twin_error
 
 PRIOR = torch.tensor([[1.0], [0.01], [1.3], [0.5]], dtype=torch.float64)
@@ -48,36 +49,43 @@ def problem(n, box, form, seed=0):
     return counts, mask, [t.contiguous() for t in parameters], shapes_and_rates(n)
 
 
-def kernel(interpret, counts, mask, form, parameters, q, *, ptr=None, background=None, draws=None, nodes=16):
-    """Loss, divergences [2, N], and gradients by profile parameter, by q and by draws, as the kernel leaves them."""
+def gamma_slopes(q, draws):
+    """Derivatives of standard draws [2, N, S] by the shape."""
+    return torch._standard_gamma_grad(q[0::2, :, None].expand_as(draws).contiguous(), draws)
+
+
+def kernel(interpret, counts, mask, form, parameters, q, *, ptr=None, background=None, draws=None, nodes=16, kappa=0.0):
+    """Loss and gradients by profile parameter and by gammas [10, N], as the kernel leaves them."""
     n, dtype = q.shape[1], parameters[0].dtype
     kind = FORMS.index(form)
     by_profile = uninitialised(*(parameters[0].shape if kind == 2 else counts.shape), dtype=dtype)
     by_matrix = uninitialised(n, 3, 3, dtype=dtype)
-    out = (uninitialised(n), uninitialised(2, n), by_profile, by_matrix, uninitialised(4, n))
-    out += (uninitialised(2, n, 1 if draws is None else draws.shape[2]), uninitialised(8, n))
+    out = (uninitialised(n), by_profile, by_matrix, uninitialised(10, n))
     padded = [*parameters, None, None][:3]
-    prior = PRIOR.expand(4, n).contiguous()
+    gammas = torch.cat([q, PRIOR.expand(4, n), torch.full((2, n), kappa, dtype=torch.float64)]).contiguous()
+    slopes = None if draws is None else gamma_slopes(q, draws)
     left = interpret(
         *("poisson_gamma_elbo", "poisson_gamma_elbo"),
-        *(counts, mask, ptr, background, kind, *padded, q, prior, draws, nodes, True, *out),
+        *(counts, mask, ptr, background, kind, *padded, gammas, draws, slopes, nodes, True, *out),
     )
-    loss, divergence, by_profile, by_matrix, by_q, by_draws, divergence_by = left[-7:]
+    loss, by_profile, by_matrix, by_gammas = left[-4:]
     by = [by_profile, by_matrix] if kind == 2 else [by_profile]
     if kind == 3:  # the matrix products of the op
         latent, basis, _ = parameters
         by = [by_profile @ basis.T, latent.T @ by_profile, by_profile.sum(0)]
-    return loss, divergence, by, by_q, by_draws, divergence_by
+    return loss, by, by_gammas
 
 
 def reference(counts, mask, form, parameters, q, *, ptr=None, background=None, draws=None, nodes=16):
-    """The same from the reference and autograd, in the precision of the parameters."""
+    """Likelihood and its gradients from the reference and autograd, in the precision of the parameters."""
     leaves = [t.clone().requires_grad_() for t in parameters]
     forms = {"values": lambda t: t, "logits": SoftmaxProfile, "gaussian": MVNProfile, "low-rank": LowRankProfile}
     q = q.clone().requires_grad_()
-    draws = None if draws is None else draws.clone().requires_grad_()
+    if draws is not None:
+        moved = draws + gamma_slopes(q.detach(), draws) * (q - q.detach())[0::2, :, None]
+        draws = moved / q[1::2, :, None]
     loss = expected_loss(unpack(counts, mask, forms[form](*leaves), ptr, background), q, nodes, draws)
-    wanted = leaves[: 2 if form == "gaussian" else None] + ([q] if draws is None else [draws])
+    wanted = [*leaves[: 2 if form == "gaussian" else None], q]
     gradients = list(torch.autograd.grad(loss.sum(), wanted))
     if form == "gaussian":
         gradients[1] = torch.tril(gradients[1])
@@ -96,14 +104,11 @@ def test_loss_and_gradients_against_the_reference(interpret, form, estimator):
     background = 0.5 + torch.rand(25, generator=generator, dtype=torch.float64)
     draws = None
     if estimator == "mc":
-        standard = torch._standard_gamma(q[0::2, :, None].expand(2, 3, 2).contiguous(), generator)
-        draws = standard / q[1::2, :, None]
+        draws = torch._standard_gamma(q[0::2, :, None].expand(2, 3, 2).contiguous(), generator)
     options = dict(draws=draws, nodes=16)
     single = in_float32(parameters)
-    loss, _, by, by_q, by_draws, _ = kernel(
-        interpret, counts, mask, form, single, q, background=background.float(), **options
-    )
-    results = [loss.float(), *by, by_q.float() if draws is None else by_draws.float()]
+    loss, by, by_gammas = kernel(interpret, counts, mask, form, single, q, background=background.float(), **options)
+    results = [loss.float(), *by, by_gammas[:4].float()]
     twin, exact = (
         reference(counts, mask, form, values, q, background=background.to(values[0].dtype), **options)
         for values in (single, parameters)
@@ -118,13 +123,13 @@ def test_double_precision_equals_the_reference(interpret, form):
     """Automatic nodes too: the rule computed in the kernel is that of the reference."""
     counts, mask, parameters, q = problem(3, (1, 5, 5), form)
     q[0] = torch.tensor([0.02, 1.4, 3e3])
-    loss, _, by, by_q, _, _ = kernel(interpret, counts.double(), mask, form, parameters, q, nodes=0)
+    loss, by, by_gammas = kernel(interpret, counts.double(), mask, form, parameters, q, nodes=0)
     expected, gradients, expected_by_q = reference(counts, mask, form, parameters, q, nodes=0)
     torch.testing.assert_close(loss, expected, rtol=1e-11, atol=0)
     for result, wanted in zip(by, gradients):
         torch.testing.assert_close(result, wanted, rtol=1e-10, atol=1e-10 * float(wanted.abs().max()))
     # torch's own trigamma, in the gradient by the shapes, is good to 2e-9
-    torch.testing.assert_close(by_q, expected_by_q, rtol=1e-8, atol=1e-8 * float(expected_by_q.abs().max()))
+    torch.testing.assert_close(by_gammas[:4], expected_by_q, rtol=1e-8, atol=1e-8 * float(expected_by_q.abs().max()))
 
 
 def test_ragged_boxes_equal_the_boxes_taken_alone(interpret):
@@ -136,14 +141,14 @@ def test_ragged_boxes_equal_the_boxes_taken_alone(interpret):
     )
     ptr = torch.tensor([0, 9, 309, 309, 310])
     q = shapes_and_rates(4)
-    loss, _, (by_logits,), by_q, _, _ = kernel(interpret, counts, mask, "logits", [logits], q, ptr=ptr)
+    loss, (by_logits,), by_gammas = kernel(interpret, counts, mask, "logits", [logits], q, ptr=ptr)
     for row in (0, 1, 3):
         pixels = slice(int(ptr[row]), int(ptr[row + 1]))
         one = [t[pixels][None] for t in (counts, mask, logits)]
         expected, (by,), _ = reference(*one[:2], "logits", one[2:], q[:, row : row + 1])
         torch.testing.assert_close(loss[row], expected[0], rtol=1e-11, atol=0)
         torch.testing.assert_close(by_logits[pixels], by[0], rtol=1e-10, atol=1e-12 * float(by.abs().max()))
-    assert loss[2] == 0 and bool((by_q[:, 2].abs() == 0).all())
+    assert loss[2] == 0 and bool((by_gammas[:4, 2] == 0).all())
 
 
 def test_edge_cases_have_defined_results(interpret):
@@ -153,9 +158,9 @@ def test_edge_cases_have_defined_results(interpret):
     mask = torch.tensor([[0, 0, 0], [1, 1, 1], [1, 1, 1], [0, 1, 1]]).bool()
     values = torch.tensor([[0.2, 0.6, 0.2], [0.0, 1.0, 0.0], [0.2, 0.6, 0.2], [0.2, 0.6, 0.2]])
     q = shapes_and_rates(4)
-    loss, divergence, (by,), by_q, _, _ = kernel(interpret, counts, mask, "values", [values], q)
-    assert all(bool(torch.isfinite(t).all()) for t in (loss, divergence, by, by_q))
-    assert loss[0] == 0 and bool((by[0] == 0).all()) and bool((by_q[:, 0] == 0).all())
+    loss, (by,), by_gammas = kernel(interpret, counts, mask, "values", [values], q)
+    assert all(bool(torch.isfinite(t).all()) for t in (loss, by, by_gammas))
+    assert loss[0] == 0 and bool((by[0] == 0).all()) and bool((by_gammas[:4, 0] == 0).all())
     expected, (by_exact,), _ = reference(counts.nan_to_num(0), mask, "values", [values.double()], q)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(by.double(), by_exact, rtol=1e-5, atol=1e-5)
@@ -172,16 +177,18 @@ def test_divergences_and_their_gradients(interpret):
     shape = torch.logspace(-2, 6, 9, dtype=torch.float64)
     q = torch.stack([shape, shape.flip(0), shape.flip(0), 2 * shape])
     counts = torch.zeros(9, 1)
-    _, divergence, _, _, _, by = kernel(interpret, counts, None, "values", [torch.ones(9, 1)], q, nodes=4)
+    loss, _, by = kernel(interpret, counts, None, "values", [torch.zeros(9, 1)], q, nodes=4, kappa=0.3)
+    without, _, likelihood = kernel(interpret, counts, None, "values", [torch.zeros(9, 1)], q, nodes=4)
     prior = PRIOR.expand(4, 9).clone().requires_grad_()
     leaf = q.clone().requires_grad_()
     expected = divergences(leaf, prior)
-    torch.testing.assert_close(divergence, expected.detach(), rtol=1e-12, atol=0)
-    torch.testing.assert_close(divergence[0], gamma_kl((q[0], q[1]), (PRIOR[0], PRIOR[1])), rtol=1e-12, atol=0)
-    for which in range(2):
-        by_q, by_prior = torch.autograd.grad(expected[which].sum(), [leaf, prior], retain_graph=True)
-        wanted = torch.cat([by_q[2 * which : 2 * which + 2], by_prior[2 * which : 2 * which + 2]])
-        torch.testing.assert_close(by[4 * which : 4 * which + 4], wanted, rtol=1e-7, atol=1e-8)
+    torch.testing.assert_close(by[8:], expected.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(by[8], gamma_kl((q[0], q[1]), (PRIOR[0], PRIOR[1])), rtol=1e-12, atol=0)
+    torch.testing.assert_close(loss - without, 0.3 * expected.detach().sum(0), rtol=1e-11, atol=1e-9)
+    by_q, by_prior = torch.autograd.grad(0.3 * expected.sum(), [leaf, prior])
+    size = float(likelihood.abs().max())
+    torch.testing.assert_close(by[:4] - likelihood[:4], by_q, rtol=1e-7, atol=1e-8 + 1e-15 * size)
+    torch.testing.assert_close(by[4:8], by_prior, rtol=1e-7, atol=1e-8)
 
 
 @pytest.mark.parametrize("nodes", [4, 16, 0], ids=["4", "16", "auto"])
@@ -189,10 +196,20 @@ def test_rule_equals_that_of_the_reference(interpret, nodes):
     shapes = torch.tensor([[0.01, 5e3], [0.7, 0.3], [1.0, 1.0], [40.0, 3.0], [1e4, 1e3]], dtype=torch.float64)
     q = torch.stack([shapes[:, 0], torch.full((5,), 2.0), shapes[:, 1], torch.full((5,), 3.0)]).double().contiguous()
     width = nodes or 96
-    left = interpret("poisson_gamma_elbo", "share_rule", q, uninitialised(5, 5, width), nodes)
-    for row, count in enumerate([nodes or n for n in (96, 96, 40, 40, 24)]):
+    photons = torch.tensor([50.0, 3.0, 1e3, 20.0, 1e5], dtype=torch.float64)
+    left = interpret("poisson_gamma_elbo", "share_rule", q, photons, uninitialised(5, 5, width), nodes)
+    chosen = nodes_needed(q[0], q[2], photons).tolist()
+    assert nodes or chosen[:2] == [96, 96]
+    for row, count in enumerate([nodes] * 5 if nodes else chosen):
         intensity, background, weight = quadrature_draws(q[:, row : row + 1], count)
-        table = left[1][row, :, :count]
+        table = left[2][row, :, :count]
         for result, wanted in zip(table[:3], (intensity[0], background[0], weight[0])):
             torch.testing.assert_close(result, wanted, rtol=1e-8, atol=1e-13 * float(wanted.max()))
         assert float(table[3:].sum(1).abs().max()) < 1e-10  # they weigh differences: they sum to 0
+
+
+def test_draws_equal_those_of_the_reference(interpret):
+    shape = torch.tensor([[0.02, 0.7, 1.0], [3.0, 40.0, 1e4]], dtype=torch.float64)
+    seed = torch.tensor(2**40 + 5)
+    (*_, draws) = interpret("poisson_gamma_elbo", "standard_gamma", shape, seed, 7, uninitialised(2, 3, 5))
+    torch.testing.assert_close(draws, standard_gamma_reference(shape, 5, seed, 7), rtol=1e-10, atol=0)

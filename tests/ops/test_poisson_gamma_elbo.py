@@ -16,6 +16,7 @@ from xtalfast.ops import (
     materialise,
     poisson_gamma_elbo,
 )
+from xtalfast.ops._random import standard_gamma_reference
 from xtalfast.ops.poisson_gamma_elbo import poisson_gamma_elbo_reference, share_nodes
 from xtalfast.testing import assert_within_twin_error
 
@@ -220,6 +221,125 @@ def test_monte_carlo_gradient_is_unbiased():
     exact = gradients(nodes=96)[:, 0].detach()
     standard_error = draws.std(1) / draws.shape[1] ** 0.5
     assert bool(((draws.mean(1) - exact).abs() < 4 * standard_error).all())
+
+
+def test_monte_carlo_gradients_are_those_of_torch_distributions():
+    """The same draws through torch's own implicit reparameterisation."""
+    counts, mask, profile, q_i, q_bg = problem(6)
+    leaves = [t.clone().requires_grad_() for t in (*q_i, *q_bg)]
+    loss = poisson_gamma_elbo(
+        counts, mask, profile, leaves[:2], leaves[2:], *FLAT, estimator="mc", samples=3, seed=9, kappa_i=0, kappa_bg=0
+    )
+    gradients = torch.autograd.grad(loss.sum(), leaves)
+    standard = standard_gamma_reference(torch.stack([leaves[0], leaves[2]]).detach(), 3, torch.tensor(9))
+    slopes = torch._standard_gamma_grad(torch.stack([leaves[0], leaves[2]])[..., None].expand_as(standard), standard)
+    shapes = torch.stack([leaves[0], leaves[2]])[..., None]
+    draws = standard + slopes.detach() * (shapes - shapes.detach())  # what Gamma.rsample differentiates
+    i, b = (draws / torch.stack([leaves[1], leaves[3]])[..., None]).unbind()
+    rate = i[..., None] * profile[:, None] + b[..., None]
+    log_p = torch.distributions.Poisson(rate).log_prob(counts[:, None].double())
+    expected = -torch.where(((mask & 33) == 1)[:, None], log_p, 0.0).sum(2).mean(1)
+    torch.testing.assert_close(loss, expected.detach())
+    for got, wanted in zip(gradients, torch.autograd.grad(expected.sum(), leaves)):
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("estimator", ["quadrature", "mc"])
+def test_threads_and_cuts_of_the_batch_change_no_bit(estimator):
+    counts, mask, profile, q_i, q_bg = problem(41, (1, 5, 5), torch.float32)
+    options = dict(estimator=estimator, samples=2, seed=4)
+    whole = poisson_gamma_elbo(counts, mask, profile, q_i, q_bg, *FLAT, **options)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(whole, poisson_gamma_elbo(counts, mask, profile, q_i, q_bg, *FLAT, **options))
+    finally:
+        torch.set_num_threads(before)
+    for rows in (slice(0, 17), slice(17, 41)):
+        part = poisson_gamma_elbo(
+            counts[rows], mask[rows], profile[rows], [t[rows] for t in q_i], [t[rows] for t in q_bg], *FLAT,
+            first_row=rows.start, **options,
+        )  # fmt: skip
+        assert torch.equal(part, whole[rows])
+
+
+@pytest.mark.skipif(_native.C is None, reason="the compiled extension is not built")
+@pytest.mark.parametrize("estimator", ["quadrature", "mc"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
+@pytest.mark.parametrize("simd", ["portable", "avx2", "avx512"])
+def test_every_instruction_set_is_as_accurate_as_torch(simd, dtype, estimator, monkeypatch):
+    """Masks, a background, large and small counts, a Gaussian profile; where a processor lacks a set, the next best."""
+    monkeypatch.setenv("XTALFAST_SIMD", simd)
+    assert _native.C.simd() in ("portable", "avx2", simd)
+    counts, mask, _, q_i, q_bg = problem(9, (3, 5, 5), dtype)
+    counts[0, 3], counts[1, :40], counts[2] = 1 << 20, 0, 0
+    background = torch.linspace(0.5, 1.5, 75, dtype=torch.float64)
+    mean = torch.linspace(-0.4, 0.4, 27, dtype=torch.float64).reshape(9, 3)
+    scale = torch.tensor([[0.9, 0.0, 0.0], [0.1, 1.3, 0.0], [-0.2, 0.1, 1.1]], dtype=torch.float64).repeat(9, 1, 1)
+
+    def run(function, dtype):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (mean, scale, *q_i, *q_bg)]
+        loss = function(
+            counts, mask, MVNProfile(*leaves[:2], grid_of((3, 5, 5)).to(dtype)), leaves[2:4], leaves[4:], *FLAT,
+            background=background.to(dtype), estimator=estimator, samples=5, seed=2, kappa_i=0.3,
+        )  # fmt: skip
+        gradients = list(torch.autograd.grad(loss.sum(), leaves))
+        gradients[1] = torch.tril(gradients[1])
+        return [loss.detach(), *gradients]
+
+    results = zip(
+        run(poisson_gamma_elbo, dtype),
+        run(poisson_gamma_elbo_reference, dtype),
+        run(poisson_gamma_elbo_reference, torch.float64),
+    )
+    terms = 8.0 * float(counts.sum(1).max()) * float(1 + q_i[0].max() + q_bg[0].max())
+    for result, twin, exact in results:
+        if dtype == torch.float64:
+            torch.testing.assert_close(result, exact, rtol=1e-8, atol=1e-8 * float(exact.abs().max()))
+        else:
+            assert_within_twin_error(result, twin, exact, terms)
+
+
+def test_unknown_instruction_set_is_named(monkeypatch):
+    monkeypatch.setenv("XTALFAST_SIMD", "avx1024")
+    counts, mask, profile, q_i, q_bg = problem()
+    with pytest.raises(ValueError, match="XTALFAST_SIMD must be portable, avx2 or avx512, got avx1024"):
+        poisson_gamma_elbo(counts, mask, profile, q_i, q_bg, *FLAT)
+
+
+def test_gradient_array_is_not_copied_for_the_last_backward_pass_and_is_kept_for_others():
+    counts, mask, profile, q_i, q_bg = problem(5)
+    logits = profile.log().requires_grad_()
+
+    def loss():
+        return poisson_gamma_elbo(counts, mask, SoftmaxProfile(logits), q_i, q_bg, *FLAT)
+
+    weight = torch.linspace(0.5, 2, 5, dtype=torch.float64)
+    (plain,) = torch.autograd.grad(loss().sum(), logits)
+    kept = loss()
+    passes = [torch.autograd.grad(kept, logits, weight, retain_graph=True)[0] for _ in range(2)]
+    passes[0].zero_()  # a caller's own from now on
+    (last,) = torch.autograd.grad(kept, logits, weight)
+    for result in (passes[1], last):
+        torch.testing.assert_close(result, plain * weight[:, None])
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(kept, logits, weight)
+
+
+def test_gradients_by_every_prior_and_kappa():
+    counts, mask, profile, q_i, q_bg = problem(3)
+    numbers = [0.7, 0.2, 1.3, 0.4, 0.6, 0.8]
+    leaves = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in numbers]
+    leaves[2] = torch.full((3,), 1.3, dtype=torch.float32).requires_grad_()
+
+    def loss(function):
+        a, b, c, d, k1, k2 = leaves
+        values = function(counts, mask, profile, q_i, q_bg, (a, b), (c, d), kappa_i=k1, kappa_bg=k2)
+        return torch.autograd.grad((values * torch.arange(1, 4)).sum(), leaves)
+
+    for got, wanted in zip(loss(poisson_gamma_elbo), loss(poisson_gamma_elbo_reference)):
+        assert got.shape == wanted.shape and got.dtype == wanted.dtype
+        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-8)
 
 
 def test_same_seed_same_bits_and_other_seeds_differ():

@@ -399,7 +399,7 @@ def _weighted(by_profile: Tensor, by_loss: Tensor, ptr: Tensor | None) -> Tensor
     last = type(by_profile) is Tensor and not torch.compiler.is_compiling() and not _graph_is_kept()
     if last and by_loss.device.type == "cpu" and bool((by_loss == 1).all()):
         return by_profile
-    if by_profile.ndim == 1:
+    if ptr is not None and by_profile.ndim == 1:
         weight = torch.repeat_interleave(by_loss, ptr.diff(), output_size=by_profile.shape[0])
     else:
         weight = by_loss[:, None]
