@@ -165,8 +165,10 @@ def tanh(x):
 
 
 @triton.jit
-def _share_rule_kernel(q, photons, rule, n, width, NODES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Tables [n, 5, width] of nodes over the share X ~ Beta(k_i, k_b): `quadrature_draws` of the reference."""
+def _share_rule_kernel(
+    q, photons, rule, nodes_of, n, width, NODES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Tables [n, 5, width] of nodes over the share X ~ Beta(k_i, k_b), and how many: the reference's."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = rows < n
     a = tl.load(q + rows, mask=inside, other=1.0)
@@ -177,6 +179,7 @@ def _share_rule_kernel(q, photons, rule, n, width, NODES: tl.constexpr, ROWS: tl
     if NODES == 0:
         total_photons = tl.load(photons + rows, mask=inside, other=1.0)
     count = nodes_needed(a, b, total_photons, NODES)
+    tl.store(nodes_of + rows, count, mask=inside)
     steps = (count - 1).to(tl.float64)
 
     # the grid t = t_mode + s sinh(kappa u + eta): s and eta from its two ends, kappa from the spacing at the mode
@@ -285,8 +288,8 @@ def _poisson_gamma_elbo_kernel(
     matrix,
     per_pixel,
     q,
-    photons_of,
     rule,
+    nodes_of,
     draws,
     slopes,
     loss,
@@ -297,7 +300,6 @@ def _poisson_gamma_elbo_kernel(
     pixels,
     width,
     rank,
-    NODES: tl.constexpr,
     KIND: tl.constexpr,
     BITS: tl.constexpr,
     BACKGROUND_ROWS: tl.constexpr,
@@ -315,10 +317,7 @@ def _poisson_gamma_elbo_kernel(
 
     count = width
     if draws is None:
-        at_photons = tl.full([], 0.0, tl.float64)
-        if NODES == 0:
-            at_photons = tl.load(photons_of + row)
-        count = nodes_needed(tl.load(q + row), tl.load(q + 2 * n + row), at_photons, NODES)
+        count = tl.load(nodes_of + row)
     mean_i, mean_b = mean_rates(q, draws, row, n, width)
     at_i, at_b = mean_i.to(dtype), mean_b.to(dtype)
 
@@ -538,14 +537,14 @@ def standard_gamma(shape: Tensor, seed: Tensor, first: int, draws: Tensor) -> No
         )
 
 
-def share_rule(q: Tensor, photons: Tensor | None, rule: Tensor, nodes: int) -> None:
+def share_rule(q: Tensor, photons: Tensor | None, rule: Tensor, nodes_of: Tensor, nodes: int) -> None:
     """Write the quadrature rules of all boxes, [N, 5, nodes], or [N, 5, 96] for the automatic choice, nodes = 0.
 
-    That takes the photons of every box, [N] float64.
+    That takes the photons of every box, [N] float64. The number of nodes goes to `nodes_of`, int32 [N].
     """
     n, _, width = rule.shape
     _share_rule_kernel[(triton.cdiv(n, _RULE_ROWS),)](
-        q, photons, rule, n, width, NODES=nodes, ROWS=_RULE_ROWS, WIDTH=triton.next_power_of_2(width)
+        q, photons, rule, nodes_of, n, width, NODES=nodes, ROWS=_RULE_ROWS, WIDTH=triton.next_power_of_2(width)
     )
 
 
@@ -590,13 +589,14 @@ def poisson_gamma_elbo(
     if n == 0:
         return
     bits = mask is not None and mask.dtype != torch.bool
-    rule, photons, width = None, None, nodes or MOST_NODES
+    rule, nodes_of, photons, width = None, None, None, nodes or MOST_NODES
     if draws is None:
         if nodes == 0:
             photons = torch.empty(n, dtype=torch.float64, device=gammas.device)
             _photons_kernel[(n,)](counts, mask, ptr, photons, counts.shape[-1], BITS=bits, BLOCK=_PIXELS)
         rule = torch.empty(n, _TABLES, width, dtype=profile.dtype, device=gammas.device)
-        share_rule(gammas, photons, rule, nodes)
+        nodes_of = torch.empty(n, dtype=torch.int32, device=gammas.device)
+        share_rule(gammas, photons, rule, nodes_of, nodes)
     else:
         width = draws.shape[2]
     _poisson_gamma_elbo_kernel[(n,)](
@@ -608,8 +608,8 @@ def poisson_gamma_elbo(
         matrix,
         per_pixel,
         gammas,
-        photons,
         rule,
+        nodes_of,
         draws,
         slopes,
         loss,
@@ -620,7 +620,6 @@ def poisson_gamma_elbo(
         counts.shape[-1],
         width,
         profile.shape[1] if kind == LOW_RANK.value else 0,
-        NODES=nodes,
         KIND=kind,
         BITS=bits,
         BACKGROUND_ROWS=background is not None and background.shape == counts.shape,

@@ -39,9 +39,9 @@ class Variant:
 def elbo_variant(kind: int, real: str = "fp32", **changes: object) -> Variant:
     matrix, per_pixel = (None, None) if kind < 2 else (real, real)
     pointers = {"counts": "u16", "mask": "u8", "ptr": None, "background": None, "profile": real, "matrix": matrix}
-    pointers |= {"per_pixel": per_pixel, "q": "fp64", "photons_of": "fp64", "rule": real, "draws": None, "slopes": None}
+    pointers |= {"per_pixel": per_pixel, "q": "fp64", "rule": real, "nodes_of": "i32", "draws": None, "slopes": None}
     pointers |= {"loss": "fp64", "by_profile": real, "by_matrix": real, "by_q": "fp64"}
-    constants = {"NODES": 0, "KIND": kind, "BITS": True, "BACKGROUND_ROWS": False, "WHOLE": True, "GRADIENTS": True}
+    constants = {"KIND": kind, "BITS": True, "BACKGROUND_ROWS": False, "WHOLE": True, "GRADIENTS": True}
     pointers |= {name: value for name, value in changes.items() if name in pointers}
     constants |= {name: value for name, value in changes.items() if name in constants}
     return Variant(elbo._poisson_gamma_elbo_kernel, pointers, constants)
@@ -56,7 +56,7 @@ VARIANTS = {
     ),
     "rule": Variant(
         elbo._share_rule_kernel,
-        {"q": "fp64", "photons": "fp64", "rule": "fp32"},
+        {"q": "fp64", "photons": "fp64", "rule": "fp32", "nodes_of": "i32"},
         {"NODES": 0, "ROWS": elbo._RULE_ROWS, "WIDTH": 128},
     ),
     "photons": Variant(
@@ -88,7 +88,7 @@ SPECIAL = {
     "elbo-low-rank": elbo_variant(3),
     "elbo-logits-ragged": elbo_variant(1, ptr="i64", background="fp32", BACKGROUND_ROWS=True),
     "elbo-logits-double": elbo_variant(1, "fp64", counts="fp64", WHOLE=False),
-    "elbo-gaussian-mc": elbo_variant(2, photons_of=None, rule=None, draws="fp64", slopes="fp64"),
+    "elbo-gaussian-mc": elbo_variant(2, nodes_of=None, rule=None, draws="fp64", slopes="fp64"),
     "elbo-values-loss": elbo_variant(0, GRADIENTS=False),
 }
 

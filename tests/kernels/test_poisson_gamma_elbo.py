@@ -197,9 +197,12 @@ def test_rule_equals_that_of_the_reference(interpret, nodes):
     q = torch.stack([shapes[:, 0], torch.full((5,), 2.0), shapes[:, 1], torch.full((5,), 3.0)]).double().contiguous()
     width = nodes or 96
     photons = torch.tensor([50.0, 3.0, 1e3, 20.0, 1e5], dtype=torch.float64)
-    left = interpret("poisson_gamma_elbo", "share_rule", q, photons, uninitialised(5, 5, width), nodes)
+    left = interpret(
+        "poisson_gamma_elbo", "share_rule", q, photons, uninitialised(5, 5, width), torch.zeros(5).int(), nodes
+    )
     chosen = nodes_needed(q[0], q[2], photons).tolist()
     assert nodes or chosen[:2] == [96, 96]
+    assert left[3].tolist() == ([nodes] * 5 if nodes else chosen)
     for row, count in enumerate([nodes] * 5 if nodes else chosen):
         intensity, background, weight = quadrature_draws(q[:, row : row + 1], count)
         table = left[2][row, :, :count]

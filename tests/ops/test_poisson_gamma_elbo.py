@@ -270,7 +270,7 @@ def test_threads_and_cuts_of_the_batch_change_no_bit(estimator):
 def test_every_instruction_set_is_as_accurate_as_torch(simd, dtype, estimator, monkeypatch):
     """Masks, a background, large and small counts, a Gaussian profile; where a processor lacks a set, the next best."""
     monkeypatch.setenv("XTALFAST_SIMD", simd)
-    assert _native.C.simd() in ("portable", "avx2", simd)
+    assert _native.C.isa() in ("portable", "avx2", simd)
     counts, mask, _, q_i, q_bg = problem(9, (3, 5, 5), dtype)
     counts[0, 3], counts[1, :40], counts[2] = 1 << 20, 0, 0
     background = torch.linspace(0.5, 1.5, 75, dtype=torch.float64)
