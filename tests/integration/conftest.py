@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,13 @@ class Spots:
     @property
     def n(self) -> int:
         return len(self.values)
+
+    def by_size(self, rows: np.ndarray | None = None) -> Iterator[RayTraced]:
+        """The given rows as the one store of their size of box, as `ShoeboxStore.by_size` does."""
+        rows = np.arange(self.n) if rows is None else rows
+        view = self.select(rows)
+        view.rows = rows  # type: ignore[attr-defined]
+        yield view
 
     def counts(self, rows: np.ndarray) -> np.ndarray:
         return self.values[rows]
@@ -94,6 +102,13 @@ class RayTraced:
     @property
     def n_pixels(self) -> int:
         return self.values.shape[1]
+
+    def by_size(self, rows: np.ndarray | None = None) -> Iterator[RayTraced]:
+        """The given rows as the one store of their size of box, as `ShoeboxStore.by_size` does."""
+        rows = np.arange(self.n) if rows is None else rows
+        view = self.select(rows)
+        view.rows = rows  # type: ignore[attr-defined]
+        yield view
 
     def counts(self, rows: np.ndarray) -> np.ndarray:
         return self.values[rows]

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from xtalfast.errors import InputError
-from xtalfast.integration.estimate import estimate, foreground, label_foreground
+from xtalfast.integration.estimate import estimate
 from xtalfast.integration.gaussian_rs import CellGrid, ReferenceProfiles, SpotShape, SpotWidths
 from xtalfast.integration.kabsch import kabsch_coordinates
+from xtalfast.integration.summation import foreground, label_foreground
 from xtalfast.io import Flag
 
 WIDTHS = SpotWidths(1.6e-3, float(np.radians(0.17)))

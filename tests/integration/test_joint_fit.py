@@ -98,17 +98,26 @@ def test_slabs_and_batches_do_not_matter(crowded, monkeypatch):
 def test_pixels_left_out_and_background_shapes_are_obeyed(crowded):
     usual = crowded.joint()
 
-    def everything(view, rows):
-        return np.ones((len(rows), view.n_pixels), bool)
+    def nothing(view, rows):
+        return np.ones((len(rows), view.n_pixels), np.float32), np.ones((len(rows), view.n_pixels), bool)
 
-    nothing = crowded.joint(outliers=everything)
-    assert (nothing.var_i == -1).all() and (nothing.i == 0).all()
-    flat = crowded.joint(shapes=lambda view, rows: np.ones((len(rows), view.n_pixels), np.float32))
-    np.testing.assert_array_equal(usual.i, flat.i)
-    tilted = crowded.joint(
-        shapes=lambda view, rows: np.tile(np.linspace(0.5, 1.5, view.n_pixels, dtype=np.float32), (len(rows), 1))
-    )
-    assert np.abs(tilted.i - usual.i).max() > 1
+    def flat(view, rows):
+        return np.ones((len(rows), view.n_pixels), np.float32), np.zeros((len(rows), view.n_pixels), bool)
+
+    def tilted(view, rows):
+        shape = np.linspace(0.5, 1.5, view.n_pixels, dtype=np.float32)
+        return np.tile(shape, (len(rows), 1)), np.zeros((len(rows), view.n_pixels), bool)
+
+    empty = crowded.joint(background_of=nothing)
+    assert (empty.var_i == -1).all() and (empty.i == 0).all()
+    np.testing.assert_array_equal(usual.i, crowded.joint(background_of=flat).i)
+    assert np.abs(crowded.joint(background_of=tilted).i - usual.i).max() > 1
+
+
+def test_only_candidates_are_looked_at(crowded):
+    candidates = np.arange(crowded.store.n) % 2 == 0
+    found = crowded.joint(candidates=candidates)
+    assert candidates[found.rows].all() and len(crowded.joint(candidates=np.zeros(crowded.store.n, bool)).rows) == 0
 
 
 def test_spots_that_stand_apart_are_left_alone(tmp_path):

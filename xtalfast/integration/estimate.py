@@ -1,6 +1,6 @@
 """Intensities of every reflection of a store, given its spot profile: three channels and what they rest on.
 
-- `intensity.sum.*`: own summation: counts of the foreground above the robust mean of the background pixels. It is the
+- `intensity.sum.*`: own summation: counts of the foreground above the background (`background_shapes`). It is the
   recorded part of the reflection: dials.scale divides it by `partiality`.
 - `intensity.prf.*`: likelihood only (`ops.profile_fit`): one weighted linear fit of intensity and background, with
   weights and variance taken at the intensity expected from the other observations of the reflection (`references`; at
@@ -12,7 +12,8 @@
 
 A reflection whose foreground is partly masked keeps its summation value without the flag IntegratedSum; one whose
 profile lies mostly under the mask has intensity 0, variance -1 and no flag, as in DIALS. A box without any used pixel
-has that in every channel. A box without a single photon has a summation variance of one count squared.
+has that in every channel. A box without a single photon has a summation variance of one count squared. Spots that share
+pixels with others are fitted together with these (`joint_fit`); `overlap.n` is the number of their neighbours.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xtalfast.errors import InputError
-from xtalfast.integration.background import robust_background
 from xtalfast.integration.gaussian_rs import ReferenceProfiles
+from xtalfast.integration.joint_fit import joint_fit, wilson_mean
 from xtalfast.integration.priors import BackgroundPrior, Priors, WilsonPrior, centric_and_epsilon, space_groups
 from xtalfast.integration.references import Observations, leave_one_out, relative_scales
-from xtalfast.integration.spot_shape import SpotWidths, images_in_scan, rotation_edges
-from xtalfast.integration.spot_voxels import SpotPixels
+from xtalfast.integration.spot_shape import SpotWidths
 from xtalfast.integration.strong_spots import boxes_by_size
+from xtalfast.integration.summation import Batch, Reader, background_tensor, summation
 from xtalfast.io import Flag
-from xtalfast.masks import BACKGROUND, FOREGROUND, used_pixels
+from xtalfast.masks import OVERLAPPED
 from xtalfast.metrics.equivalents import canonical_index
 from xtalfast.models import Array, Experiment
 from xtalfast.ops import intensity_posterior, profile_fit
@@ -45,6 +46,7 @@ Progress = Callable[[str, int, int], None]
 VALID_PROFILE = 0.75  # share of the recorded profile that must be unmasked, DIALS' valid_foreground_threshold
 MIN_RECORDED = 0.1  # share of the whole spot that must be recorded
 FIRST_LOOK_ERROR = 0.05  # of a strong reflection fitted with the weights of a weak one
+LOST_TO_NEIGHBOURS = 0.003  # of a profile under the masks of others: such spots are fitted together with these
 STRONG = 20.0  # sigmas from which a reflection is its own reference
 
 
@@ -74,111 +76,6 @@ class Estimates:
     def integrated_prf(self) -> NDArray[np.bool_]:
         """Rows with a profile-fitted and a posterior value."""
         return (self.flags & np.uint64(Flag.IntegratedPrf)) != 0
-
-
-def foreground(
-    store: Any, experiments: Sequence[Experiment], widths: SpotWidths, rows: NDArray[np.int64]
-) -> NDArray[np.bool_]:
-    """Voxels that the ellipsoid of `n_sigma` widths about the predicted position touches.
-
-    (epsilon1^2 + epsilon2^2) / (n sigma_b)^2 + epsilon3^2 / (n sigma_m)^2 <= 1 at the nearest point of the voxel.
-
-    Args:
-        store: ShoeboxStore with one size of box.
-        experiments: one per `id` of the store.
-        widths: sigma_b, sigma_m (rad) and n_sigma.
-        rows: rows of the store, [B].
-
-    Returns:
-        bool [B, P].
-    """
-    metadata = {name: np.asarray(store.metadata[name][rows]) for name in ("id", "panel", "xyzcal_px", "bbox")}
-    xyz = metadata["xyzcal_px"].astype(float)
-    pixels, _ = SpotPixels.of_rows(experiments, metadata["id"], metadata["panel"], metadata["bbox"], xyz, store.box)
-    rotation = np.zeros((len(rows), store.box[0]), np.float32)
-    edges, _ = rotation_edges(store, experiments, rows)
-    if edges.shape[1] and widths.sigma_m > 0:
-        low, high = edges[:, :-1], edges[:, 1:]
-        nearest = np.where(low * high <= 0, 0.0, np.minimum(np.abs(low), np.abs(high)))
-        rotation = (nearest / (widths.n_sigma * widths.sigma_m)) ** 2
-    return pixels.foreground(widths.n_sigma * widths.sigma_b, rotation).reshape(len(rows), -1)
-
-
-def label_foreground(
-    store: Any,
-    experiments: Sequence[Experiment],
-    sigma_b: float,
-    sigma_m: float,
-    n_sigma: float = 3.0,
-    rows: NDArray[np.int64] | None = None,
-) -> NDArray[np.uint8]:
-    """Mask of some rows with the bits Foreground (4) and Background (2) set from the widths of the spots.
-
-    Args:
-        store: ShoeboxStore with one size of box; it is not changed.
-        experiments: one per `id` of the store.
-        sigma_b: width along epsilon1 and epsilon2, rad.
-        sigma_m: width along epsilon3, rad; 0 for stills.
-        n_sigma: size of the foreground in widths.
-        rows: rows of the store, [B]; None: all.
-
-    Returns:
-        DIALS mask bits uint8 [B, P]. Voxels that are not Valid, or are Overlapped, are labelled too.
-    """
-    rows = np.arange(store.n) if rows is None else np.asarray(rows, np.int64)
-    inside = foreground(store, experiments, SpotWidths(sigma_b, sigma_m, n_sigma), rows)
-    mask = np.asarray(store.mask(rows), np.uint8) & np.uint8(255 - FOREGROUND - BACKGROUND)
-    return mask | np.where(inside, np.uint8(FOREGROUND), np.uint8(BACKGROUND))
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Pixels of some rows."""
-
-    rows: NDArray[np.int64]
-    counts: NDArray  # [B, P]
-    used: NDArray[np.bool_]  # [B, P]
-    inside: NDArray[np.bool_]  # [B, P] foreground
-    in_scan: NDArray[np.bool_]  # [B, P]
-
-    @property
-    def outside(self) -> NDArray[np.bool_]:
-        return self.used & ~self.inside
-
-
-def _read(store: Any, experiments: Sequence[Experiment], widths: SpotWidths, rows: NDArray[np.int64]) -> _Batch:
-    in_scan = np.repeat(images_in_scan(store, experiments, rows), store.n_pixels // store.box[0], axis=1)
-    used = used_pixels(store.mask(rows)) & in_scan
-    return _Batch(rows, store.counts(rows), used, foreground(store, experiments, widths, rows), in_scan)
-
-
-def _sum(batch: _Batch) -> tuple[dict[str, NDArray], NDArray[np.bool_], NDArray[np.bool_]]:
-    """Summation columns, their success, and the pixels fit for profile fitting (used, without background outliers).
-
-    Variance as in DIALS: the counts expected in the foreground, |I| + n B, and the error of the background, n^2 var(B).
-    """
-    background = robust_background(batch.counts, batch.outside)
-    pixels = batch.used & batch.inside
-    n = pixels.sum(axis=1)
-    total = np.einsum("np,np->n", batch.counts, pixels, dtype=np.float64)
-    value = total - n * background.mean
-    has_background = background.n_used > 0
-    spread = np.where(has_background, background.variance, 0.0)
-    variance = np.maximum(np.abs(value) + n * background.mean + n**2 * spread, 1.0)
-    something = (n > 0) & has_background
-    complete = something & ~(batch.inside & batch.in_scan & ~batch.used).any(axis=1)
-    columns = {
-        "intensity.sum.value": np.where(something, value, 0.0),
-        "intensity.sum.variance": np.where(something, variance, -1.0),
-        "background.mean": background.mean,
-        "background.variance": np.where(has_background, background.variance, -1.0),
-        "background.dispersion": background.dispersion,
-        "num_pixels.valid": batch.used.sum(axis=1).astype(np.int32),
-        "num_pixels.foreground": n.astype(np.int32),
-        "num_pixels.background": batch.outside.sum(axis=1).astype(np.int32),
-        "num_pixels.background_used": background.n_used.astype(np.int32),
-    }
-    return columns, complete, batch.used & ~background.outlier
 
 
 def _profiles(source: Any, reference: ReferenceProfiles | None, rows: NDArray[np.int64]) -> tuple[Tensor, Array]:
@@ -215,7 +112,7 @@ def _symmetry(store: Any, experiments: Sequence[Experiment]) -> _Symmetry:
     return _Symmetry(d, centric, epsilon, np.where(np.isfinite(correction) & (correction > 0), correction, 1.0), absent)
 
 
-def _usable(profile: Tensor, coverage: Array, batch: _Batch, use: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _usable(profile: Tensor, coverage: Array, batch: Batch, use: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Rows with enough of their profile under unmasked pixels to fit it."""
     shape = profile.numpy()
     recorded = np.einsum("np,np->n", shape, batch.in_scan)
@@ -235,9 +132,8 @@ class _FirstLook(NamedTuple):
 def _first_look(
     store: Any,
     source: Any,
-    experiments: Sequence[Experiment],
     reference: ReferenceProfiles | None,
-    widths: SpotWidths,
+    reader: Reader,
     batch: int,
     tell: Progress,
 ) -> _FirstLook:
@@ -247,19 +143,21 @@ def _first_look(
     for rows_of, view, own, given in _sources(store, source, reference):
         for start in range(0, len(rows_of), batch):
             at = np.arange(start, min(start + batch, len(rows_of)))
-            part = _read(view, experiments, widths, at)
-            columns, _, use = _sum(part)
+            part = reader.read(view, at)
+            background = reader.background(view, part)
+            use = part.used & ~background.outlier
             profile, coverage = _profiles(own, given, at)
             good = _usable(profile, coverage, part, use)
-            weights = (0.0, torch.from_numpy(np.maximum(columns["background.mean"], 1e-3)))
-            fit = profile_fit(torch.from_numpy(part.counts), torch.from_numpy(use), profile, at=weights)
+            weights = (0.0, torch.from_numpy(np.maximum(background.mean, 1e-3)))
+            counts, mask = torch.from_numpy(part.counts), torch.from_numpy(use)
+            fit = profile_fit(counts, mask, profile, background=background_tensor(background), at=weights)
             good &= np.isfinite(fit.var_i.numpy())
             share = np.where(good, coverage, 1.0)  # some boxes hold nothing of their spot
             rows = rows_of[at]
             found.intensity[rows] = np.where(good, fit.i.numpy() / share, 0.0)
-            found.variance[rows] = np.where(good, fit.var_i.numpy() / share**2, -1.0)
-            found.background[rows] = columns["background.mean"]
-            found.background_variance[rows] = np.where(good, columns["background.variance"], -1.0)
+            found.variance[rows] = np.where(good, reader.dispersion * fit.var_i.numpy() / share**2, -1.0)
+            found.background[rows] = background.mean
+            found.background_variance[rows] = np.where(good & (background.n_used > 0), background.variance, -1.0)
             done += len(at)
             tell("priors", done, store.n)
     return found
@@ -336,6 +234,8 @@ def estimate(
     widths: SpotWidths | None = None,
     priors: Priors | None = None,
     network: Any | None = None,
+    overlaps: bool = True,
+    dispersion: float = 1.0,
     batch: int = 2048,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
@@ -351,6 +251,8 @@ def estimate(
         widths: size of the foreground; None takes those of the reference, else of the profile block of the `.expt`.
         priors: None fits them to this store.
         network: something with `moments(rows)` (`NetworkProfiles`), for `intensity.q.*`.
+        overlaps: fit spots that share pixels together (`joint_fit`); False: mask what is nearer to another one.
+        dispersion: variance / mean of the counts: 1 for photons; of a charge-integrating detector its gain.
         batch: reflections at a time.
         device: where the fits run.
         progress: called as progress("estimate", done, total).
@@ -364,23 +266,31 @@ def estimate(
     reference, widths = _geometry_of(source, reference, experiments, widths)
     tell = progress or (lambda stage, done, total: None)
     symmetry = _symmetry(store, experiments)
-    first = _first_look(store, source, experiments, reference, widths, batch, tell)
+    reader = Reader(experiments, widths, dispersion=dispersion).with_radial(store)
+    first = _first_look(store, source, reference, reader, batch, tell)
     if priors is None:
         priors = _fit_priors(first, symmetry)
     expected, known = _references(store, experiments, first, symmetry, priors)
     expected = np.where(known, expected, np.nan)
     columns: dict[str, NDArray] = {}
     flags = np.zeros(store.n, np.uint64)
+    held, lost = np.ones(store.n), np.zeros(store.n)  # of each spot in its box; of its profile to the masks of others
     done_rows = 0
     for rows_of, view, own, given in _sources(store, source, reference):
         for start in range(0, len(rows_of), batch):
             at = np.arange(start, min(start + batch, len(rows_of)))
             rows = rows_of[at]
-            part = _read(view, experiments, widths, at)
-            found, complete, use = _sum(part)
+            part = reader.read(view, at)
+            background = reader.background(view, part)
+            found, complete = summation(part, background, dispersion)
+            use = part.used & ~background.outlier
             profile, coverage = _profiles(own, given, at)
             usable = _usable(profile, coverage, part, use)
-            fitted = _fit(part, use, profile, coverage, usable, priors, symmetry.of(rows), expected[rows], device)
+            shape = background_tensor(background)
+            law = symmetry.of(rows)
+            fitted = _fit(part, use, profile, shape, coverage, usable, priors, law, expected[rows], dispersion, device)
+            held[rows] = coverage
+            lost[rows] = np.einsum("np,np->n", profile.numpy(), (view.mask(at) & OVERLAPPED) != 0)
             usable, found = usable & (fitted["intensity.prf.variance"] > 0), found | fitted
             if given is not None:
                 found["partiality"] = given.partiality(at).numpy().astype(float)
@@ -401,6 +311,9 @@ def estimate(
             done_rows += len(at)
             tell("estimate", done_rows, store.n)
     result = Estimates(columns, flags, priors)
+    columns["overlap.n"] = np.zeros(store.n, np.int32)
+    if overlaps and (lost > LOST_TO_NEIGHBOURS).any():
+        _fit_overlaps(result, store, source, reader, symmetry, expected, held, lost)
     result.diagnostics = _diagnostics(result, widths)
     return result
 
@@ -417,15 +330,64 @@ def _sources(
             yield rows, view, given if source is reference else source.on(view), given
 
 
+def _fit_overlaps(
+    result: Estimates,
+    store: Any,
+    source: Any,
+    reader: Reader,
+    symmetry: _Symmetry,
+    expected: Array,
+    held: Array,
+    lost: Array,
+) -> None:
+    """Replace the profile-fitted and posterior values of spots that share pixels by those of joint fits, in place."""
+    columns, priors = result.columns, result.priors
+    alone = result.integrated_prf
+    own = np.where(alone, columns["intensity.vi.value"], np.nan)
+    wilson = priors.intensity.mean(symmetry.d, symmetry.epsilon, symmetry.correction)
+    reference = np.where(np.isfinite(expected), expected, np.where(np.isfinite(own), own, wilson))
+    seen = columns["num_pixels.background_used"] > 0
+    typical = float(np.median(columns["background.mean"][seen])) if seen.any() else 0.0
+
+    def background_of(view: Any, at: NDArray[np.int64]) -> tuple[NDArray, NDArray]:
+        background = reader.background(view, reader.read(view, at))
+        return background.shape, background.outlier
+
+    found = joint_fit(
+        store,
+        list(reader.experiments),
+        lambda view: source.on(view),
+        reference * held,
+        np.where(alone, np.sqrt(np.abs(columns["intensity.prf.variance"])) * held, np.nan),
+        np.where(seen, columns["background.mean"], typical),
+        background_of=background_of,
+        candidates=lost > 0.1 * LOST_TO_NEIGHBOURS,
+    )
+    good = (found.var_i > 0) & np.isfinite(found.i) & (held[found.rows] >= MIN_RECORDED)
+    rows, share = found.rows[good], held[found.rows[good]]
+    columns["overlap.n"][rows] = found.n_neighbours[good]
+    value, variance = found.i[good] / share, reader.dispersion * found.var_i[good] / share**2
+    columns["intensity.prf.value"][rows], columns["intensity.prf.variance"][rows] = value, variance
+    law = symmetry.of(rows)
+    shape, rate = (v.numpy() for v in priors.intensity.gamma(law.d, law.centric, law.epsilon, law.correction))
+    columns["intensity.vi.value"][rows], columns["intensity.vi.variance"][rows] = wilson_mean(
+        value, variance, shape, rate
+    )
+    result.flags[rows] &= ~np.uint64(Flag.FailedDuringProfileFitting)
+    result.flags[rows] |= np.uint64(Flag.IntegratedPrf)
+
+
 def _fit(
-    part: _Batch,
+    part: Batch,
     use: NDArray[np.bool_],
     profile: Tensor,
+    background: Tensor | None,
     coverage: Array,
     usable: NDArray[np.bool_],
     priors: Priors,
     symmetry: _Symmetry,
     expected: Array,
+    dispersion: float,
     device: torch.device | str,
 ) -> dict[str, NDArray]:
     """Posterior and likelihood-only columns of a batch; 0 with variance -1 where the profile cannot be fitted.
@@ -449,17 +411,19 @@ def _fit(
     shape_i, rate_i = priors.intensity.gamma(law.d, law.centric, law.epsilon, law.correction)
     prior_i = (shape_i.to(device), (rate_i / torch.from_numpy(kept)).to(device))  # of the part inside the box
     shape_bg, rate_bg = priors.background.gamma(law.d)
-    posterior = intensity_posterior(counts, mask, shape, prior_i, (shape_bg.to(device), rate_bg.to(device)))
+    sloping = None if background is None else background[torch.from_numpy(usable)].to(device)
+    prior_bg = (shape_bg.to(device), rate_bg.to(device))
+    posterior = intensity_posterior(counts, mask, shape, prior_i, prior_bg, background=sloping)
     # A strong reflection knows its own intensity better than scales between images tell it, and its noise is small.
     mates, own = torch.from_numpy(expected[usable] * kept).to(device), posterior.mean_i
     strong = own > STRONG * posterior.var_i.sqrt()
     weights = torch.where(torch.isnan(mates) | strong, own, mates)
-    fit = profile_fit(counts, mask, shape, at=(weights, posterior.mean_bg))
+    fit = profile_fit(counts, mask, shape, background=sloping, at=(weights, posterior.mean_bg))
     found = {
         "intensity.prf.value": fit.i.cpu().numpy() / kept,
-        "intensity.prf.variance": fit.var_i.cpu().numpy() / kept**2,
+        "intensity.prf.variance": dispersion * fit.var_i.cpu().numpy() / kept**2,
         "intensity.vi.value": posterior.mean_i.cpu().numpy() / kept,
-        "intensity.vi.variance": posterior.var_i.cpu().numpy() / kept**2,
+        "intensity.vi.variance": dispersion * posterior.var_i.cpu().numpy() / kept**2,
         "profile.correlation": _correlation(part, usable, use, profile, fit.i.cpu().numpy()),
     }
     finite = np.logical_and.reduce([np.isfinite(values) for values in found.values()])
@@ -469,7 +433,7 @@ def _fit(
 
 
 def _correlation(
-    part: _Batch, rows: NDArray[np.bool_], use: NDArray[np.bool_], profile: Tensor, intensity: Array
+    part: Batch, rows: NDArray[np.bool_], use: NDArray[np.bool_], profile: Tensor, intensity: Array
 ) -> Array:
     """Correlation of counts and fitted model over the used foreground voxels of some rows, 0 where one is constant.
 

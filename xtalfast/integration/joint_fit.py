@@ -37,6 +37,7 @@ ROUNDS = 2  # of weights
 _LOWEST_RATE = 1e-3  # counts per pixel, for the weights
 
 Profiles = Callable[[Any], Any]  # a view of a store -> something with `profiles(rows) -> Tensor [B, P]`
+BackgroundOf = Callable[[Any, NDArray[np.int64]], tuple[NDArray, NDArray]]
 
 
 @dataclass
@@ -63,15 +64,15 @@ class _Slab:
     covariance: Array  # [N, 3, 3]
 
 
-def _slabs(store: Any) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+def _slabs(store: Any, rows: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """Rows to fit, and those with the neighbours that reach them, in slabs along the rotation."""
-    z = np.asarray(store.metadata["xyzcal_px"][:], float)[:, 2]
-    bbox = np.asarray(store.metadata["bbox"][:])
+    z = np.asarray(store.metadata["xyzcal_px"][:], float)[rows, 2]
+    bbox = np.asarray(store.metadata["bbox"][:])[rows]
     order = np.argsort(z, kind="stable")
-    for start in range(0, store.n, SLAB):
+    for start in range(0, len(rows), SLAB):
         own = np.sort(order[start : start + SLAB])
         low, high = bbox[own, 4].min(), bbox[own, 5].max()
-        yield own, np.flatnonzero((bbox[:, 5] > low) & (bbox[:, 4] < high))
+        yield rows[own], rows[(bbox[:, 5] > low) & (bbox[:, 4] < high)]
 
 
 def _load(store: Any, rows: NDArray[np.int64], profiles: Profiles) -> _Slab:
@@ -149,8 +150,8 @@ def joint_fit(
     sigma: Array,
     background: Array,
     *,
-    shapes: Callable[[Any, NDArray[np.int64]], NDArray] | None = None,
-    outliers: Callable[[Any, NDArray[np.int64]], NDArray] | None = None,
+    background_of: BackgroundOf | None = None,
+    candidates: NDArray[np.bool_] | None = None,
     batch: int = 256,
 ) -> JointFit:
     """Fit every reflection that shares pixels with others together with these.
@@ -162,8 +163,8 @@ def joint_fit(
         expected: intensity to be expected in the box of each reflection, [N], counts; nan counts as 0.
         sigma: its standard deviation when fitted alone, [N] (<= 0 or nan: unknown).
         background: counts per pixel, [N].
-        shapes: (view, rows) -> background shape [B, P] of mean 1; None: flat.
-        outliers: (view, rows) -> pixels to leave out, bool [B, P].
+        background_of: (view, rows) -> background shape [B, P] of mean 1, pixels to leave out bool [B, P]; None: flat.
+        candidates: rows that may overlap with another, bool [N]; None: all. The others' profiles are not looked at.
         batch: reflections at a time.
 
     Returns:
@@ -173,7 +174,8 @@ def joint_fit(
     expected = np.maximum(np.nan_to_num(np.asarray(expected, float)), 0.0)
     spread = np.where(np.isfinite(sigma) & (np.asarray(sigma) > 0), sigma, np.inf)
     parts: list[JointFit] = []
-    for own, rows in _slabs(store):
+    everyone = np.arange(store.n) if candidates is None else np.flatnonzero(candidates)
+    for own, rows in _slabs(store, everyone):
         slab = _load(store, rows, profiles)
         i, j, distance = _pairs(slab, ids[rows] * 65536 + panels[rows])
         share = _shared(distance)
@@ -193,7 +195,7 @@ def joint_fit(
                 neighbours = [j[first[r] : first[r + 1]][:MAX_NEIGHBOURS] for r in here.tolist()]
                 parts.append(
                     _fit_batch(
-                        slab, view, at, here, neighbours, expected, background, overlaid, experiments, shapes, outliers
+                        slab, view, at, here, neighbours, expected, background, overlaid, experiments, background_of
                     )
                 )
     if not parts:
@@ -257,8 +259,7 @@ def _fit_batch(
     background: Array,
     overlaid: Array,
     experiments: list[Experiment],
-    shapes: Callable[[Any, NDArray[np.int64]], NDArray] | None,
-    outliers: Callable[[Any, NDArray[np.int64]], NDArray] | None,
+    background_of: BackgroundOf | None,
 ) -> JointFit:
     design = _design(slab, here, neighbours, view.box)
     n, k = design.shape[:2]
@@ -267,9 +268,10 @@ def _fit_batch(
     use = ((mask & VALID) != 0) & in_scan
     # A voxel of another reflection is used where that reflection is among the neighbours, so that its rate is modelled.
     use &= ((mask & OVERLAPPED) == 0) | _modelled(view, at, slab, neighbours, experiments)
-    if outliers is not None:
-        use &= ~outliers(view, at)
-    shape = np.ones((n, view.n_pixels), np.float32) if shapes is None else shapes(view, at)
+    shape = np.ones((n, view.n_pixels), np.float32)
+    if background_of is not None:
+        shape, outlier = background_of(view, at)
+        use &= ~outlier
     columns = np.concatenate([design.reshape(n, k, -1), shape[:, None]], axis=1) * use[:, None]
     # Nuisances that have next to nothing in the used pixels are left out: they cannot be told from the rest.
     alive = np.concatenate([columns[:, :k].sum(axis=2) > 1e-3, use.sum(axis=1)[:, None] > 0], axis=1)
