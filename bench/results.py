@@ -21,6 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import examples_results
 import pipeline_integrate
 
 from xtalfast.io.files import write_text
@@ -47,6 +48,7 @@ SECTIONS: dict[str, Callable[[Path, Path], str]] = {
     "nanobragg": pipeline_integrate.nanobragg_section,
     "stills": pipeline_integrate.stills_section,
     "quartz": pipeline_integrate.shoebox_section,
+    "examples": examples_results.examples_section,
 }
 
 

@@ -55,6 +55,28 @@ def test_sfcalc_equals_direct_summation(model, tmp_path, capsys):
     assert "20 atoms to 1.5 A" in capsys.readouterr().out
 
 
+def test_bulk_solvent_is_the_transform_of_what_the_atoms_leave(model, tmp_path):
+    """F with solvent less F without it is k exp(-B s^2 / 4) times the direct sum over the points of gemmi's mask."""
+    for name, options in (("dry", []), ("wet", ["--bulk-solvent", "0.4,30"])):
+        command = ["sfcalc", str(model), "-o", str(tmp_path / f"{name}.mtz"), "--d-min", "3", *options]
+        assert main(command) == 0
+    dry, wet = (gemmi.read_mtz_file(str(tmp_path / f"{name}.mtz")) for name in ("dry", "wet"))
+    difference = wet.get_f_phi("FC", "PHIC").value_array - dry.get_f_phi("FC", "PHIC").value_array
+    structure = gemmi.read_structure(str(model))
+    structure.setup_cell_images()
+    grid = gemmi.FloatGrid()
+    grid.setup_from(structure, 1.0)
+    gemmi.SolventMasker(gemmi.AtomicRadiiSet.Refmac).put_mask_on_float_grid(grid, structure[0])
+    mask = np.array(grid)
+    assert 0.3 < mask.mean() < 1
+    hkl = dry.make_miller_array()
+    n = np.stack(np.meshgrid(*(np.arange(size) / size for size in mask.shape), indexing="ij"), -1)[mask == 1]
+    for row in range(0, len(hkl), 40):
+        direct = np.exp(2j * np.pi * n @ hkl[row]).sum() * structure.cell.volume / mask.size
+        expected = 0.4 * np.exp(-30 / 4 * structure.cell.calculate_1_d2(hkl[row].tolist())) * direct
+        assert difference[row] == pytest.approx(expected, abs=1e-3 * float(np.abs(difference).max()))
+
+
 def test_files_lose_nothing(model, tmp_path):
     """Map -> CCP4 -> structure factors -> MTZ and back: below 1e-5."""
     atoms = read_atoms(model)
@@ -137,6 +159,7 @@ def structures_dir(tmp_path):
         (["sfcalc", "model.pdb", "--d-min", "0"], "d_min"),
         (["sfcalc", "model.pdb", "--d-min", "100"], "no reflection"),
         (["sfcalc", "model.pdb", "--b-iso", "-1"], "--b-iso"),
+        (["sfcalc", "model.pdb", "--bulk-solvent", "0.35"], "--bulk-solvent wants K,B"),
         (["patterson", "missing.mtz", "-o", "p.ccp4"], "missing.mtz"),
         (["patterson", "f.mtz", "-o", "p.ccp4", "--labels", "FOBS"], "no column 'FOBS'; present: H"),
         (["patterson", "f.mtz", "-o", "p.ccp4", "--labels", "FC", "--d-min", "1.0"], "beyond the data"),

@@ -64,6 +64,43 @@ def calculate_structure_factors(
     return hkl, np.where(mirrored, values.conj(), values)
 
 
+def bulk_solvent_structure_factors(
+    atoms: Atoms, hkl: ArrayLike, d_min: float, *, k: float = 0.35, b: float = 46.0, rate: float = RATE
+) -> NDArray[np.complex128]:
+    """Structure factors of a flat solvent around a structure: k exp(-b s^2 / 4) F_mask, to be added to those of atoms.
+
+    The mask is gemmi's, with Refmac's radii: 1 where no atom is near. Without the solvent calculated amplitudes below
+    about 6 A are several times too large. Ref: Jiang & Bruenger, J. Mol. Biol. 243, 100 (1994),
+    doi:10.1006/jmbi.1994.1633.
+
+    Args:
+        atoms: of the asymmetric unit.
+        hkl: indices [N, 3] within d_min.
+        d_min: resolution limit, A.
+        k: density of the solvent, e/A^3.
+        b: A^2; how blurred the surface is.
+        rate: grid points per d_min.
+
+    Returns:
+        complex [N], e.
+    """
+    residue, chain, model = gemmi.Residue(), gemmi.Chain("A"), gemmi.Model("1")
+    for position, number, occupancy in zip(atoms.coords.tolist(), atoms.element.tolist(), atoms.occupancy.tolist()):
+        atom = gemmi.Atom()
+        atom.pos, atom.element, atom.occ = gemmi.Position(*position), gemmi.Element(number), occupancy
+        residue.add_atom(atom)
+    chain.add_residue(residue)
+    model.add_chain(chain)
+    grid = gemmi.FloatGrid()
+    grid.set_unit_cell(atoms.cell)
+    grid.spacegroup = atoms.space_group
+    grid.set_size_from_spacing(d_min / rate, gemmi.GridSizeRounding.Up)
+    gemmi.SolventMasker(gemmi.AtomicRadiiSet.Refmac).put_mask_on_float_grid(grid, model)
+    index = np.ascontiguousarray(hkl, np.int32)
+    mask = gemmi.transform_map_to_f_phi(grid).get_value_by_hkl(index)
+    return k * np.exp(-b / 4 * atoms.cell.calculate_1_d2_array(index)) * mask
+
+
 def map_of_structure_factors(
     hkl: ArrayLike,
     f: ArrayLike,

@@ -115,14 +115,14 @@ class AmplitudeScale:
     b: float
 
     @classmethod
-    def parse(cls, text: str) -> AmplitudeScale:
+    def parse(cls, text: str, option: str = "--scale") -> AmplitudeScale:
         """`K,B` from the command line."""
         try:
             k, b = (float(part) for part in text.split(","))
         except ValueError as error:
-            raise InputError(f"--scale wants K,B (two numbers), got {text!r}") from error
+            raise InputError(f"{option} wants K,B (two numbers), got {text!r}") from error
         if not (k > 0 and np.isfinite([k, b]).all()):
-            raise InputError(f"--scale wants K above 0 and a finite B, got {text!r}")
+            raise InputError(f"{option} wants K above 0 and a finite B, got {text!r}")
         return cls(k, b)
 
     def apply(self, f: ArrayLike, inverse_d2: ArrayLike, *, b: float = B_STANDARD) -> Array:
