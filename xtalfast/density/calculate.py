@@ -84,7 +84,7 @@ def bulk_solvent_structure_factors(
     Returns:
         complex [N], e.
     """
-    residue, chain, model = gemmi.Residue(), gemmi.Chain("A"), gemmi.Model("1")
+    residue, chain, model = gemmi.Residue(), gemmi.Chain("A"), gemmi.Model(1)
     for position, number, occupancy in zip(atoms.coords.tolist(), atoms.element.tolist(), atoms.occupancy.tolist()):
         atom = gemmi.Atom()
         atom.pos, atom.element, atom.occ = gemmi.Position(*position), gemmi.Element(number), occupancy
@@ -98,7 +98,7 @@ def bulk_solvent_structure_factors(
     gemmi.SolventMasker(gemmi.AtomicRadiiSet.Refmac).put_mask_on_float_grid(grid, model)
     index = np.ascontiguousarray(hkl, np.int32)
     mask = gemmi.transform_map_to_f_phi(grid).get_value_by_hkl(index)
-    return k * np.exp(-b / 4 * atoms.cell.calculate_1_d2_array(index)) * mask
+    return (k * np.exp(-b / 4 * atoms.cell.calculate_1_d2_array(index)) * mask).astype(np.complex128)
 
 
 def map_of_structure_factors(
