@@ -77,10 +77,12 @@ def test_gradcheck():
     torch.autograd.gradcheck(attend, (*tensors, scale))
 
 
-def test_opcheck():
-    tokens, weight = problem(70, 80, 4)[2:4]
-    arguments = (tokens.float().requires_grad_(), weight.float().requires_grad_(), 70)
-    torch.library.opcheck(torch.ops.xtalfast.convolve_tokens.default, arguments)
+@pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
+def test_opcheck(gated):
+    q, k, v, residual, gate = (t.float().requires_grad_() for t in problem(9, 12, 4))
+    optional = (residual, gate, torch.ones(2, 3, requires_grad=True)) if gated else (None, None, None)
+    arguments = (q, k, v, *optional, None, None, 4, 3, 0.0, 0.3)
+    torch.library.opcheck(torch.ops.xtalfast.nystrom_attention.default, arguments)
 
 
 def test_compiles_as_one_graph():

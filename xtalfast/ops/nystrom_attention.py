@@ -24,7 +24,8 @@ Example:
 
 from __future__ import annotations
 
-from itertools import pairwise
+from functools import wraps
+from itertools import pairwise, product
 from typing import Literal
 
 import torch
@@ -134,24 +135,39 @@ def _ridge_solve(a: Tensor, w: Tensor, ridge: float) -> Tensor:
     return torch.cholesky_solve(a.mT @ w, torch.linalg.cholesky(normal))
 
 
-def landmark_means(tokens: Tensor, n_landmarks: int, mask: Tensor | None = None) -> Tensor:
-    """Means over the segments of [B, H, T, D], of the tokens in the mask [B, T]; two reductions, no loop."""
-    n_tokens = tokens.shape[2]
+def _pieces(n_tokens: int, n_landmarks: int) -> list[tuple[int, int, int, int]]:
+    """Runs of segments of one length: first token, first landmark, number of landmarks, length."""
     size, longer = divmod(n_tokens, n_landmarks)
-    weight = None
+    pieces = [(0, 0, longer, size + 1), (longer * (size + 1), longer, n_landmarks - longer, size)]
+    return [piece for piece in pieces if piece[2]]
+
+
+def landmark_means(tokens: Tensor, n_landmarks: int, mask: Tensor | None = None) -> Tensor:
+    """Means over the segments of [B, H, T, D], of the tokens in the mask [B, T]; at most two reductions, no loop."""
     if mask is not None:
-        weight = mask.to(tokens.dtype)[:, None, :, None]
         tokens = torch.where(mask[:, None, :, None], tokens, 0.0)
     means = []
-    for first, count, length in ((0, longer, size + 1), (longer * (size + 1), n_landmarks - longer, size)):
-        if count:
-            part = tokens.narrow(2, first, count * length).unflatten(2, (count, length))
-            if weight is None:
-                means.append(part.mean(3))
-            else:
-                n = weight.narrow(2, first, count * length).unflatten(2, (count, length)).sum(3)
-                means.append(part.sum(3) / n.clamp(min=1))
+    for first, _, n, length in _pieces(tokens.shape[2], n_landmarks):
+        part = tokens.narrow(2, first, n * length).unflatten(2, (n, length))
+        means.append(part.mean(3) if mask is None else part.sum(3) / _used(mask, first, n, length))
     return torch.cat(means, 2) if len(means) > 1 else means[0]
+
+
+def _used(mask: Tensor, first: int, n: int, length: int) -> Tensor:
+    """Used tokens of each segment, at least 1, [B, 1, n, 1]."""
+    return mask.narrow(1, first, n * length).unflatten(1, (n, length)).sum(2).clamp(min=1)[:, None, :, None]
+
+
+def _add_by_means(by_tokens: Tensor, by_means: Tensor, mask: Tensor | None) -> None:
+    """Add the gradient of `landmark_means` to that by the tokens [B, H, T, D]."""
+    for first, landmark, n, length in _pieces(by_tokens.shape[2], by_means.shape[2]):
+        part = by_tokens.narrow(2, first, n * length).unflatten(2, (n, length))
+        by = by_means.narrow(2, landmark, n)
+        if mask is None:
+            part += (by / length).unsqueeze(3)
+        else:
+            used = mask.narrow(1, first, n * length).unflatten(1, (n, length))[:, None, :, :, None]
+            part += (by / _used(mask, first, n, length)).unsqueeze(3) * used
 
 
 def batch_pinv_scale(q: Tensor, k: Tensor, gate: Tensor | None, landmarks: int, scale: float | None = None) -> Tensor:
@@ -190,77 +206,186 @@ def _convolve(tokens: Tensor, weight: Tensor, n_out: int) -> Tensor:
     return (_toeplitz(weight, _BLOCK)[:, None] @ windows.mT).flatten(2, 3)[:, :, :n_out]
 
 
-_library = torch.library.Library("xtalfast", "FRAGMENT")
-_library.define("convolve_tokens(Tensor tokens, Tensor weight, SymInt n_out) -> Tensor")
-_library.define("convolve_tokens_backward(Tensor grad, Tensor tokens, Tensor weight) -> (Tensor tokens, Tensor weight)")
-
-
-def _convolve_tokens(tokens, weight, n_out):
-    return _convolve(tokens, weight, n_out).contiguous()
-
-
-def _convolve_tokens_backward(grad, tokens, weight):
+def _convolve_backward(grad: Tensor, tokens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `_convolve` by the tokens that it saw, the first ones, and by the weight."""
     taps, n_out = weight.shape[1], grad.shape[2]
-    by_tokens = torch.zeros_like(tokens, memory_format=torch.contiguous_format)
-    reach = min(tokens.shape[2], n_out + taps // 2)
-    by_tokens[:, :, :reach] = _convolve(grad, weight.flip(1), reach)
+    by_tokens = _convolve(grad, weight.flip(1), min(tokens.shape[2], n_out + taps // 2))
     windows = _windows(tokens, taps, n_out)
     grad = functional.pad(grad, (0, 0, 0, -n_out % _BLOCK)).unflatten(2, (-1, _BLOCK))
     # products of all pairs of a block; each tap is the sum along one diagonal
     pairs = torch.einsum("bhnsd,bhndt->hst", grad, windows).contiguous()
     n_heads, width = pairs.shape[0], pairs.shape[2]
-    by_weight = pairs.as_strided((n_heads, _BLOCK, taps), (_BLOCK * width, width + 1, 1)).sum(1)
-    return by_tokens, by_weight
+    return by_tokens, pairs.as_strided((n_heads, _BLOCK, taps), (_BLOCK * width, width + 1, 1)).sum(1)
 
 
-@torch.library.register_fake("xtalfast::convolve_tokens", lib=_library)
-def _(tokens, weight, n_out):
-    return tokens.new_empty(*tokens.shape[:2], n_out, tokens.shape[3])
+def _solve_landmarks(qm, km, w, gate, pinv_scale, iterations, ridge):
+    """Z W; the iteration if ridge is 0."""
+    between = qm @ km.mT
+    if gate is not None:
+        m = between.shape[-1]
+        between = between * torch.sigmoid(gate[:, :m, :m].to(between.dtype))
+    a = torch.softmax(between, -1)
+    return _ridge_solve(a, w, ridge) if ridge > 0 else _iterate(a, iterations, pinv_scale) @ w
 
 
-@torch.library.register_fake("xtalfast::convolve_tokens_backward", lib=_library)
-def _(grad, tokens, weight):
-    return torch.empty_like(tokens, memory_format=torch.contiguous_format), torch.empty_like(weight)
-
-
-_library.impl("convolve_tokens", _convolve_tokens, "CompositeExplicitAutograd")
-_library.impl("convolve_tokens_backward", _convolve_tokens_backward, "CompositeExplicitAutograd")
-
-
-def _setup_convolution(ctx, inputs, output):
-    tokens, weight, _ = inputs
-    ctx.save_for_backward(tokens, weight)
-
-
-def _convolution_backward(ctx, grad):
-    return *torch.ops.xtalfast.convolve_tokens_backward(grad, *ctx.saved_tensors), None
-
-
-torch.library.register_autograd(
-    "xtalfast::convolve_tokens", _convolution_backward, setup_context=_setup_convolution, lib=_library
+_library = torch.library.Library("xtalfast", "FRAGMENT")
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? residual, Tensor? gate, Tensor? pinv_scale, Tensor? query_mask, "
+    "Tensor? key_mask, int landmarks, int iterations, float ridge, float scale"
+)
+_library.define(f"nystrom_attention({_INPUTS}) -> (Tensor out, Tensor qm, Tensor km, Tensor w, Tensor u)")
+_library.define(
+    f"nystrom_attention_backward(Tensor grad, Tensor qm, Tensor km, Tensor w, Tensor u, {_INPUTS}) -> "
+    "(Tensor q, Tensor k, Tensor v, Tensor residual, Tensor gate, Tensor pinv_scale)"
 )
 
 
-def _solve_landmarks(qm, km, gate, w, iterations, pinv, pinv_scale, scale, ridge):
-    """Z W in single precision at least: m x m matrices cost little and the iteration amplifies rounding."""
-    real = torch.promote_types(w.dtype, torch.float32)
-    with torch.autocast(w.device.type, enabled=False):
-        between = scale * (qm.to(real) @ km.to(real).mT)
-        if gate is not None:
-            m = between.shape[-1]
-            between = between * torch.sigmoid(gate[:, :m, :m].to(real))
-        a = torch.softmax(between, -1)
-        if pinv == "ridge":
-            return _ridge_solve(a, w.to(real), ridge).to(w.dtype)
-        return (_iterate(a, iterations, pinv_scale) @ w.to(real)).to(w.dtype)
+def _like_tokens(tokens: Tensor, n_tokens: int) -> Tensor:
+    """[B, H, n, D] stored as [B, n, H, D], as projections want it."""
+    n_batch, n_heads, _, depth = tokens.shape
+    return tokens.new_empty(n_batch, n_tokens, n_heads, depth).transpose(1, 2)
 
 
-def _in_torch(q, k, v, gate, m, iterations, pinv, pinv_scale, query_mask, key_mask, scale, ridge):
-    """Two calls of torch's fused attention, with the landmarks as queries and as keys: no [m, T] matrix is stored."""
-    qm, km = landmark_means(q, m, query_mask), landmark_means(k, m, key_mask)
-    w = _exact(qm, k, v, key_mask, scale)
-    u = _solve_landmarks(qm, km, gate, w, iterations, pinv, pinv_scale, scale, ridge)
-    return functional.scaled_dot_product_attention(q, km, u, scale=scale)
+def _empty_results(q, k, landmarks):
+    """Output, landmarks of queries (scaled) and keys, W, U; the landmarks' in single precision at least."""
+    n_batch, n_heads, n_queries, depth = q.shape
+    m = min(landmarks, n_queries, k.shape[2])
+    real = torch.promote_types(q.dtype, torch.float32)
+    return _like_tokens(q, n_queries), *(q.new_empty(n_batch, n_heads, m, depth, dtype=real) for _ in range(4))
+
+
+def _empty_gradients(q, k, residual, gate, pinv_scale):
+    """Gradients by q, k, v, residual, gate and pinv_scale; empty ones for what was not given."""
+    by_tokens = _like_tokens(q, q.shape[2]), _like_tokens(k, k.shape[2]), _like_tokens(k, k.shape[2])
+    others = (q.new_empty(0) if t is None else torch.empty_like(t) for t in (residual, gate, pinv_scale))
+    return *by_tokens, *others
+
+
+@torch.library.register_fake("xtalfast::nystrom_attention", lib=_library)
+def _(q, k, v, residual, gate, pinv_scale, query_mask, key_mask, landmarks, iterations, ridge, scale):
+    return _empty_results(q, k, landmarks)
+
+
+@torch.library.register_fake("xtalfast::nystrom_attention_backward", lib=_library)
+def _(grad, qm, km, w, u, q, k, v, residual, gate, pinv_scale, *_rest):
+    return _empty_gradients(q, k, residual, gate, pinv_scale)
+
+
+def _forward(q, k, v, residual, gate, pinv_scale, query_mask, key_mask, landmarks, iterations, ridge, scale):
+    """In torch, one head at a time, so that its scores stay in cache and are never stored."""
+    out, qm, km, w, u = _empty_results(q, k, landmarks)
+    m, real = qm.shape[2], qm.dtype
+    torch.mul(landmark_means(q, m, query_mask), scale, out=qm)
+    km.copy_(landmark_means(k, m, key_mask))
+    for b, h in product(*map(range, q.shape[:2])):
+        torch.mm(_right_weights(qm[b, h], k[b, h].to(real), key_mask, b), v[b, h].to(real), out=w[b, h])
+    u.copy_(_solve_landmarks(qm, km, w, gate, pinv_scale, iterations, ridge))
+    for b, h in product(*map(range, q.shape[:2])):
+        _multiply(_left_weights(q[b, h].to(real), km[b, h], scale), u[b, h], out[b, h])
+    if residual is not None:
+        out += _convolve(v, residual.to(v.dtype), q.shape[2])
+    return out, qm, km, w, u
+
+
+def _right_weights(qm, k, key_mask, b):
+    """sigma(qm k^T) of one head, [m, T]."""
+    scores = qm @ k.T
+    if key_mask is not None:
+        scores.masked_fill_(~key_mask[b], -torch.inf)
+    return torch.softmax(scores, 1)
+
+
+def _left_weights(q, km, scale):
+    """sigma(q km^T) of one head, [S, m]."""
+    return torch.softmax(q @ (scale * km).T, 1)
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a b, without a copy where the types allow."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(a @ b)
+
+
+def _softmax_backward(by_weights: Tensor, weights: Tensor) -> Tensor:
+    return torch._softmax_backward_data(by_weights, weights, 1, weights.dtype)
+
+
+def _backward(grad, qm, km, w, u, q, k, v, residual, gate, pinv_scale, query_mask, key_mask, *settings):
+    _, iterations, ridge, scale = settings
+    real = qm.dtype
+    gradients = _empty_gradients(q, k, residual, gate, pinv_scale)
+    by_q, by_k, by_v = gradients[:3]
+    by_u, by_km = torch.empty_like(u), torch.empty_like(km)
+    for b, h in product(*map(range, q.shape[:2])):
+        queries, upstream = q[b, h].to(real), grad[b, h].to(real)
+        weights = _left_weights(queries, km[b, h], scale)
+        torch.mm(weights.T, upstream, out=by_u[b, h])
+        by_scores = scale * _softmax_backward(upstream @ u[b, h].T, weights)
+        _multiply(by_scores, km[b, h], by_q[b, h])
+        torch.mm(by_scores.T, queries, out=by_km[b, h])
+    leaves = [t.detach().requires_grad_() for t in (qm, km, w, gate, pinv_scale) if t is not None]
+    with torch.enable_grad():
+        given = iter(leaves[3:])
+        optional = (None if t is None else next(given) for t in (gate, pinv_scale))
+        solved = _solve_landmarks(*leaves[:3], *optional, iterations, ridge)
+    by_qm, more, by_w, *by_optional = torch.autograd.grad(solved, leaves, by_u, materialize_grads=True)
+    by_km += more
+    for b, h in product(*map(range, q.shape[:2])):
+        keys, values = k[b, h].to(real), v[b, h].to(real)
+        weights = _right_weights(qm[b, h], keys, key_mask, b)
+        _multiply(weights.T, by_w[b, h], by_v[b, h])
+        by_scores = _softmax_backward(by_w[b, h] @ values.T, weights)
+        by_qm[b, h] += by_scores @ keys
+        _multiply(by_scores.T, qm[b, h], by_k[b, h])
+    _add_by_means(by_q, scale * by_qm, query_mask)
+    _add_by_means(by_k, by_km, key_mask)
+    if residual is not None:
+        by_tokens, by_weight = _convolve_backward(grad, v, residual.to(v.dtype))
+        by_v[:, :, : by_tokens.shape[2]] += by_tokens
+        gradients[3].copy_(by_weight)
+    for target, value in zip(
+        (t for t, given in zip(gradients[4:], (gate, pinv_scale)) if given is not None), by_optional
+    ):
+        target.copy_(value)
+    return gradients
+
+
+def _as_given(function):
+    """Outside of autocast, which would round the landmarks' matrices."""
+
+    @wraps(function)
+    def run(first: Tensor, *rest):
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *rest)
+
+    return run
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("nystrom_attention", _as_given(_forward), _device)
+    _library.impl("nystrom_attention_backward", _as_given(_backward), _device)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:], *inputs[:8])
+    ctx.settings = inputs[8:]
+
+
+def _autograd_backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 12
+    optional = ctx.saved_tensors[7:10]  # residual, gate, pinv_scale
+    gradients = torch.ops.xtalfast.nystrom_attention_backward(grad, *ctx.saved_tensors, *ctx.settings)
+    given = (by if t is not None else None for by, t in zip(gradients[3:], optional))
+    return *gradients[:3], *given, *[None] * 6
+
+
+torch.library.register_autograd(
+    "xtalfast::nystrom_attention", _autograd_backward, setup_context=_setup_context, lib=_library
+)
 
 
 _FEW_KEYS = 512
@@ -325,22 +450,21 @@ def nystrom_attention(
         >>> torch.allclose(exact, torch.nn.functional.scaled_dot_product_attention(q, k, k), atol=1e-6)
         True
     """
-    _check(q, k, v, residual, gate, landmarks, iterations, pinv, query_mask, key_mask, attention)
+    _check(q, k, v, residual, gate, landmarks, iterations, pinv, ridge, query_mask, key_mask, attention)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if key_mask is not None:
         k, v = (torch.where(key_mask[:, None, :, None], t, 0.0) for t in (k, v))
-    m = min(landmarks, q.shape[2], k.shape[2])
     if attention == "auto":
-        attention = faster_attention(q.shape[2], k.shape[2], m)
+        attention = faster_attention(q.shape[2], k.shape[2], min(landmarks, q.shape[2], k.shape[2]))
     if q.shape[0] == 0 or q.shape[2] == 0:
         return torch.zeros_like(q)
     if attention == "exact":
         out = _exact(q, k, v, key_mask, scale)
-    else:
-        out = _in_torch(q, k, v, gate, m, iterations, pinv, pinv_scale, query_mask, key_mask, scale, ridge)
-    if residual is not None:
-        out = out + torch.ops.xtalfast.convolve_tokens(v, residual.to(v.dtype), q.shape[2])
-    return out
+        return out if residual is None else out + _convolve(v, residual.to(v.dtype), q.shape[2])
+    if pinv_scale is not None:
+        pinv_scale = pinv_scale.expand(q.shape[:2])
+    options = (landmarks, iterations, ridge if pinv == "ridge" else 0.0, scale)
+    return torch.ops.xtalfast.nystrom_attention(q, k, v, residual, gate, pinv_scale, query_mask, key_mask, *options)[0]
 
 
 def faster_attention(n_queries: int, n_keys: int, landmarks: int) -> Attention:
@@ -352,7 +476,7 @@ def faster_attention(n_queries: int, n_keys: int, landmarks: int) -> Attention:
 _PINV_PRODUCTS = 48
 
 
-def _check(q, k, v, residual, gate, landmarks, iterations, pinv, query_mask, key_mask, attention) -> None:
+def _check(q, k, v, residual, gate, landmarks, iterations, pinv, ridge, query_mask, key_mask, attention) -> None:
     if not q.is_floating_point():
         raise TypeError(f"q must be floating point [B, H, S, D], got {q.dtype}")
     if q.ndim != 4:
@@ -378,6 +502,8 @@ def _check(q, k, v, residual, gate, landmarks, iterations, pinv, query_mask, key
     for name, mask, n_tokens in (("query_mask", query_mask, n_queries), ("key_mask", key_mask, k.shape[2])):
         if mask is not None and (mask.dtype != torch.bool or mask.shape != (n_batch, n_tokens)):
             raise ValueError(f"{name} must be bool [B={n_batch}, {n_tokens}], got {mask.dtype} {list(mask.shape)}")
+    if pinv == "ridge" and not ridge > 0:
+        raise ValueError(f"ridge must be positive, got {ridge}")
     for name, value, allowed in (
         ("attention", attention, ("nystrom", "exact", "auto")),
         ("pinv", pinv, ("iterative", "ridge")),
