@@ -32,6 +32,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from xtalfast.ops._triton import PRECISION, allows_tensor_cores
+
 Attention = Literal["nystrom", "exact", "auto"]
 Pinv = Literal["iterative", "ridge"]
 
@@ -233,9 +235,9 @@ _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? residual, Tensor? gate, Tensor? pinv_scale, Tensor? query_mask, "
     "Tensor? key_mask, int landmarks, int iterations, float ridge, float scale"
 )
-_library.define(f"nystrom_attention({_INPUTS}) -> (Tensor out, Tensor qm, Tensor km, Tensor w, Tensor u)")
+_library.define(f"nystrom_attention({_INPUTS}) -> (Tensor out, Tensor qm, Tensor km, Tensor w, Tensor lse, Tensor u)")
 _library.define(
-    f"nystrom_attention_backward(Tensor grad, Tensor qm, Tensor km, Tensor w, Tensor u, {_INPUTS}) -> "
+    f"nystrom_attention_backward(Tensor grad, Tensor qm, Tensor km, Tensor w, Tensor lse, Tensor u, {_INPUTS}) -> "
     "(Tensor q, Tensor k, Tensor v, Tensor residual, Tensor gate, Tensor pinv_scale)"
 )
 
@@ -247,11 +249,12 @@ def _like_tokens(tokens: Tensor, n_tokens: int) -> Tensor:
 
 
 def _empty_results(q, k, landmarks):
-    """Output, landmarks of queries (scaled) and keys, W, U; the landmarks' in single precision at least."""
+    """Output; landmarks of queries (scaled) and keys, W, log of the sums behind W, U, in single precision at least."""
     n_batch, n_heads, n_queries, depth = q.shape
     m = min(landmarks, n_queries, k.shape[2])
     real = torch.promote_types(q.dtype, torch.float32)
-    return _like_tokens(q, n_queries), *(q.new_empty(n_batch, n_heads, m, depth, dtype=real) for _ in range(4))
+    qm, km, w, u = (q.new_empty(n_batch, n_heads, m, depth, dtype=real) for _ in range(4))
+    return _like_tokens(q, n_queries), qm, km, w, q.new_empty(n_batch, n_heads, m, dtype=real), u
 
 
 def _empty_gradients(q, k, residual, gate, pinv_scale):
@@ -267,32 +270,34 @@ def _(q, k, v, residual, gate, pinv_scale, query_mask, key_mask, landmarks, iter
 
 
 @torch.library.register_fake("xtalfast::nystrom_attention_backward", lib=_library)
-def _(grad, qm, km, w, u, q, k, v, residual, gate, pinv_scale, *_rest):
+def _(grad, qm, km, w, lse, u, q, k, v, residual, gate, pinv_scale, *_rest):
     return _empty_gradients(q, k, residual, gate, pinv_scale)
 
 
 def _forward(q, k, v, residual, gate, pinv_scale, query_mask, key_mask, landmarks, iterations, ridge, scale):
     """In torch, one head at a time, so that its scores stay in cache and are never stored."""
-    out, qm, km, w, u = _empty_results(q, k, landmarks)
+    out, qm, km, w, lse, u = _empty_results(q, k, landmarks)
     m, real = qm.shape[2], qm.dtype
     torch.mul(landmark_means(q, m, query_mask), scale, out=qm)
     km.copy_(landmark_means(k, m, key_mask))
     for b, h in product(*map(range, q.shape[:2])):
-        torch.mm(_right_weights(qm[b, h], k[b, h].to(real), key_mask, b), v[b, h].to(real), out=w[b, h])
+        scores = _right_scores(qm[b, h], k[b, h].to(real), key_mask, b)
+        torch.logsumexp(scores, 1, out=lse[b, h])
+        torch.mm(scores.sub_(lse[b, h, :, None]).exp_(), v[b, h].to(real), out=w[b, h])
     u.copy_(_solve_landmarks(qm, km, w, gate, pinv_scale, iterations, ridge))
     for b, h in product(*map(range, q.shape[:2])):
         _multiply(_left_weights(q[b, h].to(real), km[b, h], scale), u[b, h], out[b, h])
     if residual is not None:
         out += _convolve(v, residual.to(v.dtype), q.shape[2])
-    return out, qm, km, w, u
+    return out, qm, km, w, lse, u
 
 
-def _right_weights(qm, k, key_mask, b):
-    """sigma(qm k^T) of one head, [m, T]."""
+def _right_scores(qm, k, key_mask, b):
+    """qm k^T of one head, [m, T]."""
     scores = qm @ k.T
     if key_mask is not None:
         scores.masked_fill_(~key_mask[b], -torch.inf)
-    return torch.softmax(scores, 1)
+    return scores
 
 
 def _left_weights(q, km, scale):
@@ -312,7 +317,7 @@ def _softmax_backward(by_weights: Tensor, weights: Tensor) -> Tensor:
     return torch._softmax_backward_data(by_weights, weights, 1, weights.dtype)
 
 
-def _backward(grad, qm, km, w, u, q, k, v, residual, gate, pinv_scale, query_mask, key_mask, *settings):
+def _backward(grad, qm, km, w, lse, u, q, k, v, residual, gate, pinv_scale, query_mask, key_mask, *settings):
     _, iterations, ridge, scale = settings
     real = qm.dtype
     gradients = _empty_gradients(q, k, residual, gate, pinv_scale)
@@ -334,7 +339,7 @@ def _backward(grad, qm, km, w, u, q, k, v, residual, gate, pinv_scale, query_mas
     by_km += more
     for b, h in product(*map(range, q.shape[:2])):
         keys, values = k[b, h].to(real), v[b, h].to(real)
-        weights = _right_weights(qm[b, h], keys, key_mask, b)
+        weights = _right_scores(qm[b, h], keys, key_mask, b).sub_(lse[b, h, :, None]).exp_()
         _multiply(weights.T, by_w[b, h], by_v[b, h])
         by_scores = _softmax_backward(by_w[b, h] @ values.T, weights)
         by_qm[b, h] += by_scores @ keys
@@ -363,9 +368,61 @@ def _as_given(function):
     return run
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("nystrom_attention", _as_given(_forward), _device)
-    _library.impl("nystrom_attention_backward", _as_given(_backward), _device)
+def _rows_contiguous(*tensors: Tensor) -> list[Tensor]:
+    return [t if t.stride(3) == 1 else t.contiguous() for t in tensors]
+
+
+def _optional(residual, gate, pinv_scale, query_mask, key_mask, m):
+    """What the kernels take of the optional arguments, contiguous."""
+    gate = None if gate is None else gate[:, :m, :m]
+    return [None if t is None else t.contiguous() for t in (residual, gate, pinv_scale, query_mask, key_mask)]
+
+
+def _forward_on_gpu(q, k, v, residual, gate, pinv_scale, query_mask, key_mask, landmarks, iterations, ridge, scale):
+    from xtalfast.kernels.nystrom_attention import nystrom_attention as launch
+
+    results = _empty_results(q, k, landmarks)
+    optional = _optional(residual, gate, pinv_scale, query_mask, key_mask, results[1].shape[2])
+    with torch.cuda.device(q.device):
+        launch(*_rows_contiguous(q, k, v), *optional, iterations, scale, PRECISION, *results)
+    return results
+
+
+def token_counts(n_tokens: int, m: int, mask: Tensor | None, like: Tensor) -> Tensor:
+    """Tokens in the mean of each landmark, broadcastable to [B, H, m, 1]; at least 1."""
+    if mask is not None:
+        parts = [_used(mask, first, n, length) for first, _, n, length in _pieces(n_tokens, m)]
+        return torch.cat(parts, 2).to(like.dtype)
+    return torch.cat([like.new_full((n, 1), length) for _, _, n, length in _pieces(n_tokens, m)])
+
+
+def _backward_on_gpu(grad, qm, km, w, lse, u, q, k, v, residual, gate, pinv_scale, query_mask, key_mask, *settings):
+    from xtalfast.kernels.nystrom_attention import nystrom_attention_backward as launch
+
+    _, iterations, _, scale = settings
+    m = qm.shape[2]
+    optional = _optional(residual, gate, pinv_scale, query_mask, key_mask, m)
+    gradients = _empty_gradients(q, k, residual, gate, pinv_scale)
+    by_gate = gradients[4]
+    if gate is not None:
+        by_gate = by_gate.zero_()[:, :m, :m]  # the other gates were not used
+    counts = tuple(token_counts(n.shape[2], m, mask, qm) for n, mask in ((q, query_mask), (k, key_mask)))
+    with torch.cuda.device(q.device):
+        launch(
+            *_rows_contiguous(grad),
+            *(qm, km, w, lse, u),
+            *_rows_contiguous(q, k, v),
+            *optional,
+            *(counts, iterations, scale, PRECISION),
+            *(*gradients[:4], by_gate, gradients[5]),
+        )
+    return gradients
+
+
+_library.impl("nystrom_attention", _as_given(_forward), "CPU")
+_library.impl("nystrom_attention", _as_given(_forward_on_gpu), "CUDA")
+_library.impl("nystrom_attention_backward", _as_given(_backward), "CPU")
+_library.impl("nystrom_attention_backward", _as_given(_backward_on_gpu), "CUDA")
 
 
 def _setup_context(ctx, inputs, output):
@@ -377,7 +434,7 @@ def _setup_context(ctx, inputs, output):
 def _autograd_backward(ctx, grad, *_):
     if grad is None:
         return (None,) * 12
-    optional = ctx.saved_tensors[7:10]  # residual, gate, pinv_scale
+    optional = ctx.saved_tensors[8:11]  # residual, gate, pinv_scale
     gradients = torch.ops.xtalfast.nystrom_attention_backward(grad, *ctx.saved_tensors, *ctx.settings)
     given = (by if t is not None else None for by, t in zip(gradients[3:], optional))
     return *gradients[:3], *given, *[None] * 6
@@ -397,6 +454,23 @@ def _exact(q, k, v, key_mask, scale):
         return torch.softmax(scale * q @ k.mT, -1).to(v.dtype) @ v
     mask = None if key_mask is None else key_mask[:, None, None]
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+def _has_kernel(q: Tensor, ridge: float, landmarks: int) -> bool:
+    """Whether the Triton kernels take these arguments: what they hold of a head must fit into one multiprocessor."""
+    return q.shape[3] <= 64 and landmarks <= 64 and ridge == 0 and allows_tensor_cores(q.dtype)
+
+
+def _in_torch(q, k, v, gate, pinv_scale, query_mask, key_mask, landmarks, iterations, ridge, scale):
+    """Two calls of torch's fused attention, the landmarks being queries of the one and keys of the other."""
+    m = min(landmarks, q.shape[2], k.shape[2])
+    qm, km = landmark_means(q, m, query_mask), landmark_means(k, m, key_mask)
+    real = torch.promote_types(q.dtype, torch.float32)
+    w = _exact(qm, k, v, key_mask, scale)
+    with torch.autocast(q.device.type, enabled=False):
+        arguments = (scale * qm.to(real), km.to(real), w.to(real), gate, pinv_scale, iterations, ridge)
+        u = _solve_landmarks(*arguments).to(q.dtype)
+    return functional.scaled_dot_product_attention(q, km, u, scale=scale)
 
 
 def nystrom_attention(
@@ -463,7 +537,11 @@ def nystrom_attention(
         return out if residual is None else out + _convolve(v, residual.to(v.dtype), q.shape[2])
     if pinv_scale is not None:
         pinv_scale = pinv_scale.expand(q.shape[:2])
-    options = (landmarks, iterations, ridge if pinv == "ridge" else 0.0, scale)
+    ridge = ridge if pinv == "ridge" else 0.0
+    if q.is_cuda and not _has_kernel(q, ridge, landmarks):
+        out = _in_torch(q, k, v, gate, pinv_scale, query_mask, key_mask, landmarks, iterations, ridge, scale)
+        return out if residual is None else out + _convolve(v, residual.to(v.dtype), q.shape[2])
+    options = (landmarks, iterations, ridge, scale)
     return torch.ops.xtalfast.nystrom_attention(q, k, v, residual, gate, pinv_scale, query_mask, key_mask, *options)[0]
 
 

@@ -32,6 +32,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from xtalfast.ops._triton import PRECISION, allows_tensor_cores, as_autocast
+
 Order = Literal["(ph pw pd c)", "(c ph pw pd)"]
 
 _ORDERS = ("(ph pw pd c)", "(c ph pw pd)")
@@ -134,6 +136,144 @@ def circular_convolution(x: Tensor, weight: Tensor) -> Tensor:
     return torch.fft.irfftn(product, s=grid, dim=(2, 3, 4))
 
 
+def banded_matrix(weight: Tensor, patch: int, order: Order) -> Tensor:
+    """The convolution as matrix from windows to patches, [C (p + k - 1)^3, O p^3]."""
+    out, channels, kernel = weight.shape[:3]
+    edge = patch + kernel - 1
+    matrix = weight.new_zeros(channels, edge, edge, edge, patch, patch, patch, out)
+    step, inner = matrix.stride()[:4], matrix.stride()[4:]
+    along = [a + b for a, b in zip(step[1:], inner)]  # a voxel of the patch sees taps from its own place on
+    diagonals = matrix.as_strided((channels, *[kernel] * 3, *[patch] * 3, out), (*step, *along, inner[3]))
+    diagonals.copy_(weight.permute(1, 2, 3, 4, 0)[:, :, :, :, None, None, None].expand_as(diagonals))
+    columns = matrix.flatten(0, 3)
+    return (columns if order == "(ph pw pd c)" else columns.movedim(4, 1)).flatten(1)
+
+
+def _windows(x: Tensor, kernel: int, patch: int) -> Tensor:
+    """What each patch sees, [B, patches, C (p + k - 1)^3]."""
+    edge = patch + kernel - 1
+    seen = functional.pad(x, [kernel // 2] * 6, mode="circular")
+    for axis in (2, 3, 4):
+        seen = seen.unfold(axis, edge, patch)
+    return seen.movedim(1, 4).flatten(4).flatten(1, 3)  # [B, patches, C window^3]
+
+
+def _by_channel(values: Tensor, patch: int, order: Order) -> Tensor:
+    """A value of each channel, [O], for all values of a patch."""
+    return values.repeat(patch**3) if order == "(ph pw pd c)" else values.repeat_interleave(patch**3)
+
+
+def _by_products(x, conv_weight, scale, shift, w1, b1, weight, bias, w2, b2, patch, order, eps):
+    """Windows times the banded matrix: matrix products only, and no map of O channels."""
+    y = _windows(x, conv_weight.shape[2], patch) @ banded_matrix(conv_weight, patch, order)
+    y = y * _by_channel(scale, patch, order) + _by_channel(shift, patch, order)
+    return _embed(y.to(weight.dtype), (w1, b1), weight, bias, (w2, b2), eps)
+
+
+_library = torch.library.Library("xtalfast", "FRAGMENT")
+_INPUTS = (
+    "Tensor x, Tensor conv_weight, Tensor scale, Tensor shift, Tensor w1, Tensor b1, Tensor weight, Tensor? bias, "
+    "Tensor w2, Tensor b2, int patch, str order, float eps"
+)
+_library.define(f"patch_embed({_INPUTS}) -> Tensor")
+_library.define(f"patch_embed_backward(Tensor grad, {_INPUTS}, bool by_map) -> Tensor[]")
+
+
+def _empty_tokens(x, weight, patch):
+    return x.new_empty(len(x), x.shape[2:].numel() // patch**3, len(weight))
+
+
+@torch.library.register_fake("xtalfast::patch_embed", lib=_library)
+def _(x, conv_weight, scale, shift, w1, b1, weight, bias, w2, b2, patch, order, eps):
+    return _empty_tokens(x, weight, patch)
+
+
+@torch.library.register_fake("xtalfast::patch_embed_backward", lib=_library)
+def _(grad, x, conv_weight, scale, shift, w1, b1, weight, bias, w2, b2, patch, order, eps, by_map):
+    tensors = (x, conv_weight, scale, shift, w1, b1, weight, bias, w2, b2)
+    return [
+        t.new_empty(0) if k == 0 and not by_map else torch.empty_like(t) for k, t in enumerate(tensors) if t is not None
+    ]
+
+
+def _forward(x, conv_weight, scale, shift, w1, b1, weight, bias, w2, b2, patch, order, eps):
+    return _by_products(x, conv_weight, scale, shift, w1, b1, weight, bias, w2, b2, patch, order, eps).contiguous()
+
+
+def _forward_on_gpu(x, conv_weight, scale, shift, w1, b1, weight, bias, w2, b2, patch, order, eps):
+    from xtalfast.kernels.patch_embed import patch_embed as launch
+
+    tokens = _empty_tokens(x, weight, patch)
+    with torch.cuda.device(x.device):
+        launch(
+            *folded(x, conv_weight, scale, shift, w1, b1, weight, bias, w2, b2, patch, order),
+            patch,
+            eps,
+            PRECISION,
+            tokens,
+        )
+    return tokens
+
+
+def folded(x, conv_weight, scale, shift, w1, b1, weight, bias, w2, b2, patch, order):
+    """What the kernel takes: channel scaling in the banded matrix, the first LayerNorm's weights in the Linear's."""
+    real = torch.promote_types(x.dtype, torch.float32)
+    band = banded_matrix(conv_weight.to(real), patch, order) * _by_channel(scale.to(real), patch, order)
+    rows = (weight.to(real) * w1.to(real)).T.to(x.dtype).contiguous()
+    shifted = weight.to(real) @ b1.to(real)
+    bias = shifted if bias is None else bias.to(real) + shifted
+    offset = _by_channel(shift.to(real), patch, order)
+    vectors = (t.to(real).contiguous() for t in (rows.to(real).sum(0), bias, w2, b2))
+    return x.contiguous(), band.to(x.dtype).contiguous(), offset.contiguous(), rows, *vectors
+
+
+_MAPS_AT_ONCE = 1 << 24  # values of windows in a piece of the backward pass
+
+
+def _backward(grad, x, conv_weight, scale, shift, w1, b1, weight, bias, w2, b2, patch, order, eps, by_map):
+    """The products again with autograd, some maps at a time."""
+    tensors = [x, conv_weight, scale, shift, w1, b1, weight, bias, w2, b2]
+    window = x.shape[1] * (patch + conv_weight.shape[2] - 1) ** 3
+    at_once = max(1, _MAPS_AT_ONCE // (window * max(grad.shape[1], 1)))
+    totals = [None if t is None else torch.zeros_like(t) for t in tensors]
+    by_x = torch.empty_like(x) if by_map else x.new_empty(0)
+    for first in range(0, len(x), at_once):
+        piece = slice(first, first + at_once)
+        leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+        leaves[0] = x[piece].detach().requires_grad_(by_map)
+        wanted = [t for t in leaves if t is not None and t.requires_grad]
+        with torch.enable_grad():
+            tokens = _by_products(*leaves, patch, order, eps)
+        found = iter(torch.autograd.grad(tokens, wanted, grad[piece]))
+        if by_map:
+            by_x[piece] = next(found)
+        for total in totals[1:]:
+            if total is not None:
+                total += next(found)
+    return [by_x, *(t for t in totals[1:] if t is not None)]
+
+
+_library.impl("patch_embed", _forward, "CPU")
+_library.impl("patch_embed", _forward_on_gpu, "CUDA")
+_library.impl("patch_embed_backward", _backward, "CPU")
+_library.impl("patch_embed_backward", _backward, "CUDA")
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:10])
+    ctx.options = inputs[10:]
+
+
+def _autograd_backward(ctx, grad):
+    by_map = ctx.needs_input_grad[0]
+    found = iter(torch.ops.xtalfast.patch_embed_backward(grad, *ctx.saved_tensors, *ctx.options, by_map))
+    gradients = [None if t is None else next(found) for t in ctx.saved_tensors]
+    return gradients[0] if by_map else None, *gradients[1:], None, None, None
+
+
+torch.library.register_autograd("xtalfast::patch_embed", _autograd_backward, setup_context=_setup_context, lib=_library)
+
+
 def patch_embed(
     x: Tensor,
     conv_weight: Tensor,
@@ -187,6 +327,11 @@ def patch_embed(
     ):
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
+    tensors = (x, conv_weight, channel_scale, channel_shift, *patch_norm, weight, bias, *norm)
+    if x.is_cuda:
+        given = as_autocast(*tensors)
+        if allows_tensor_cores(given[0].dtype) and x.numel() > 0 and dim <= 512:
+            return torch.ops.xtalfast.patch_embed(*given, patch, order, eps)
     y = circular_convolution(x, conv_weight)
     y = y * channel_scale.view(-1, 1, 1, 1) + channel_shift.view(-1, 1, 1, 1)
     return _embed(patchify(y, patch, order), patch_norm, weight, bias, norm, eps)

@@ -14,12 +14,12 @@ FILES = {
 }
 
 BACKENDS: dict[str, tuple[str, ...]] = {
-    "conv3d_periodic": (),
+    "conv3d_periodic": ("triton",),
     "density_map": ("cpp", "cuda"),
     "extract_shoeboxes": ("cpp", "cuda"),
     "intensity_posterior": ("cpp", "triton"),
-    "nystrom_attention": (),
-    "patch_embed": (),
+    "nystrom_attention": ("triton",),
+    "patch_embed": ("triton",),
     "patterson_map": ("cpp", "cuda"),
     "poisson_gamma_elbo": ("cpp", "triton"),
     "profile_fit": ("cpp", "triton"),
