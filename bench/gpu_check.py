@@ -16,11 +16,13 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
+import gpu_phasing
 import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from xtalfast import ops
+from xtalfast.density import RecCrysFormerConfig
 from xtalfast.ops.density_map import density_map_reference, it92_form_factors
 from xtalfast.ops.extract_shoeboxes import extract_shoeboxes_reference
 from xtalfast.ops.intensity_posterior import intensity_posterior_reference
@@ -238,6 +240,7 @@ CHECKS: dict[str, dict[str, Callable[[str], None]]] = {
     "extract_shoeboxes": {"against box by box": check_extract_shoeboxes},
     "density_map": {"with gradients": check_density_map},
     "patterson_map": {"with structure factors": check_maps},
+    **gpu_phasing.CHECKS,
 }
 
 
@@ -336,6 +339,12 @@ def benchmarks(device: str, passed: set[str], n: int) -> list[dict]:
         density = torch.rand(32, *GRID, device=device)
         cells = torch.tensor([CELL] * 32, dtype=torch.float64, device=device)
         add("patterson_map", "1.5 A", 32, 8 * voxels, lambda: ops.patterson_map(density, cells, d_min=1.5))
+    whole = device == "cuda"
+    grid, batch = (gpu_phasing.PAPER_GRID, gpu_phasing.BATCH) if whole else ((8, 8, 8), 1)
+    gpu_phasing.time_ops(device, passed, add, grid, batch)
+    if set(gpu_phasing.CHECKS) <= passed:
+        config = RecCrysFormerConfig.paper() if whole else RecCrysFormerConfig.dipeptide()
+        gpu_phasing.time_model(device, add, grid, batch, config)
     return results
 
 

@@ -14,7 +14,6 @@ TOKENS = 32  # in a tile
 COLUMNS = 32  # values of a patch at a time
 _TAPS = 32  # of the window at a time
 OPTIONS = {"num_warps": 8, "num_stages": 1}
-MOST_DIM = 512
 
 
 @triton.jit

@@ -67,6 +67,26 @@ def test_gradcheck(padding):
     )
 
 
+@pytest.mark.parametrize("statistics", [False, True], ids=["", "statistics"])
+def test_opcheck(statistics):
+    tensors = [t.float().requires_grad_() for t in problem(1, 2, 3, (3, 2, 4), 3)]
+    torch.library.opcheck(torch.ops.xtalfast.conv3d_periodic.default, (*tensors, True, True, statistics))
+
+
+def test_the_registered_op_equals_the_definition():
+    """What a GPU runs is this op; here with the CPU's kernel."""
+    tensors = problem(2, 3, 2, (3, 4, 2), 3)
+
+    def registered(x, weight, bias, *, channel_scale, channel_shift, statistics):
+        return torch.ops.xtalfast.conv3d_periodic(
+            x, weight, bias, channel_scale, channel_shift, False, False, statistics
+        )
+
+    found, wanted = gradients(registered, tensors), gradients(conv3d_periodic_reference, tensors, padding="zeros")
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
 def test_no_map_gives_no_map():
     tensors = problem(*SHAPES["B0-2x3-4x4x4-k3"])
     assert convolve(conv3d_periodic, tensors).shape == (0, 3, 4, 4, 4)

@@ -75,6 +75,23 @@ def test_statistics_equal_those_of_the_convolution(channels, counts):
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11)
 
 
+def registered(x, w, a, b, patch_norm, weight, bias, norm, *, patch=4, order="(ph pw pd c)"):
+    return torch.ops.xtalfast.patch_embed(x, w, a, b, *patch_norm, weight, bias, *norm, patch, order, 1e-5)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_registered_op_equals_the_definition(order):
+    """What a GPU runs is this op; here with the CPU's kernel, matrix products of windows."""
+    tensors = problem(2, 2, (8, 4, 4), 7)
+    for a, b in zip(*(gradients(f, tensors, order=order) for f in (registered, patch_embed_reference)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+
+
+def test_opcheck():
+    tensors = [t.float().requires_grad_() for t in problem(1, 1, (2, 2, 4), 3, out=2, patch=2, dim=3)]
+    torch.library.opcheck(torch.ops.xtalfast.patch_embed.default, (*tensors, 2, "(c ph pw pd)", 1e-5))
+
+
 def test_no_map_gives_no_token():
     assert embed(patch_embed, problem(0, 1, (8, 4, 4), 5)).shape == (0, 2, 16)
 

@@ -20,9 +20,7 @@ def allows_tensor_cores(dtype: torch.dtype) -> bool:
     return _PRESENT and dtype in (torch.float16, torch.bfloat16)
 
 
-def as_autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """The tensors as autocast would hand them to a convolution or a Linear."""
-    if not torch.is_autocast_enabled("cuda"):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype("cuda")
-    return [None if t is None else t.to(dtype) for t in tensors]
+def autocast_dtype(x: torch.Tensor) -> torch.dtype:
+    """The type to which autocast would take a tensor before a convolution or a Linear."""
+    enabled = x.is_cuda and torch.is_autocast_enabled("cuda")
+    return torch.get_autocast_dtype("cuda") if enabled else x.dtype

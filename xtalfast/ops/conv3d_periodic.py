@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from xtalfast.ops._triton import PRECISION, allows_tensor_cores, as_autocast
+from xtalfast.ops._triton import PRECISION, allows_tensor_cores, autocast_dtype
 from xtalfast.ops.patch_embed import check_convolution
 
 Padding = Literal["wrap", "zeros"]
@@ -215,9 +215,9 @@ torch.library.register_autograd(
 )
 
 
-def _has_kernel(x: Tensor, weight: Tensor) -> bool:
+def _has_kernel(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
     """Whether the Triton kernels take these arguments: few channels, and products that torch too would round."""
-    return max(weight.shape[:2]) <= 16 and weight.shape[2] <= 7 and x.numel() > 0 and allows_tensor_cores(x.dtype)
+    return max(weight.shape[:2]) <= 16 and weight.shape[2] <= 7 and x.numel() > 0 and allows_tensor_cores(dtype)
 
 
 def conv3d_periodic(
@@ -262,12 +262,12 @@ def conv3d_periodic(
     ):
         if tensor is not None and tensor.shape != (size,):
             raise ValueError(f"{name} must be [{size}], got {list(tensor.shape)}")
-    if x.is_cuda:
-        given = as_autocast(x, weight, bias)
-        if _has_kernel(given[0], given[1]):
-            rest = (channel_scale, channel_shift, relu, padding == "wrap", statistics)
-            y, mean, var = torch.ops.xtalfast.conv3d_periodic(*given, *rest)
-            return (y, mean, var) if statistics else y
+    dtype = autocast_dtype(x)
+    if x.is_cuda and _has_kernel(x, weight, dtype):
+        given = (None if t is None else t.to(dtype) for t in (x, weight, bias))
+        rest = (channel_scale, channel_shift, relu, padding == "wrap", statistics)
+        y, mean, var = torch.ops.xtalfast.conv3d_periodic(*given, *rest)
+        return (y, mean, var) if statistics else y
     return conv3d_periodic_reference(
         x,
         weight,

@@ -32,10 +32,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from xtalfast.ops._triton import PRECISION, allows_tensor_cores, as_autocast
+from xtalfast.ops._triton import PRECISION, allows_tensor_cores, autocast_dtype
 
 Order = Literal["(ph pw pd c)", "(c ph pw pd)"]
 
+_MOST_DIM = 512  # of tokens whose sums a GPU's registers hold
 _ORDERS = ("(ph pw pd c)", "(c ph pw pd)")
 
 
@@ -124,6 +125,8 @@ def circular_convolution(x: Tensor, weight: Tensor) -> Tensor:
     kernel, grid = weight.shape[2], x.shape[2:]
     if len(x) == 0:
         return x.new_empty(0, len(weight), *grid)
+    given, real = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    x, weight = x.to(real), weight.to(real)
     placed = weight
     for axis, size in enumerate(grid, 2):
         position = torch.remainder(torch.arange(kernel, device=x.device) - kernel // 2, size)
@@ -133,7 +136,7 @@ def circular_convolution(x: Tensor, weight: Tensor) -> Tensor:
     product = spectrum[:, :1] * kernels[:, 0]
     for channel in range(1, x.shape[1]):
         product = product + spectrum[:, channel : channel + 1] * kernels[:, channel]
-    return torch.fft.irfftn(product, s=grid, dim=(2, 3, 4))
+    return torch.fft.irfftn(product, s=grid, dim=(2, 3, 4)).to(given)
 
 
 def banded_matrix(weight: Tensor, patch: int, order: Order) -> Tensor:
@@ -328,10 +331,10 @@ def patch_embed(
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
     tensors = (x, conv_weight, channel_scale, channel_shift, *patch_norm, weight, bias, *norm)
-    if x.is_cuda:
-        given = as_autocast(*tensors)
-        if allows_tensor_cores(given[0].dtype) and x.numel() > 0 and dim <= 512:
-            return torch.ops.xtalfast.patch_embed(*given, patch, order, eps)
+    dtype = autocast_dtype(x)
+    if x.is_cuda and allows_tensor_cores(dtype) and x.numel() > 0 and dim <= _MOST_DIM:
+        given = (None if t is None else t.to(dtype) for t in tensors)
+        return torch.ops.xtalfast.patch_embed(*given, patch, order, eps)
     y = circular_convolution(x, conv_weight)
     y = y * channel_scale.view(-1, 1, 1, 1) + channel_shift.view(-1, 1, 1, 1)
     return _embed(patchify(y, patch, order), patch_norm, weight, bias, norm, eps)
