@@ -1,4 +1,4 @@
-"""Training examples as the loader makes them, each newly turned and in a new cell, against gemmi and scipy, one thread."""
+"""Training examples as the loader makes them, newly turned and in a new cell, against gemmi and scipy, one thread."""
 
 from __future__ import annotations
 
