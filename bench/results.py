@@ -22,6 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import examples_results
+import exact_results
 import pipeline_integrate
 
 from xtalfast.io.files import write_text
@@ -45,6 +46,7 @@ enter only as spot-finder shoeboxes (quartz, electron diffraction).
 SECTIONS: dict[str, Callable[[Path, Path], str]] = {
     "formats": pipeline_integrate.formats_section,
     "simulated": pipeline_integrate.simulated_section,
+    "exact": exact_results.exact_section,
     "nanobragg": pipeline_integrate.nanobragg_section,
     "stills": pipeline_integrate.stills_section,
     "quartz": pipeline_integrate.shoebox_section,

@@ -19,7 +19,7 @@ FIXED = {
     "simulate": {"-o", "--output", "--seed"},
     "integrate": {"-o", "--output", "--engine", "--preset", "--encoder", "--profile", "--image-dir", "--seed",
                   "--weights", "--box", "--publish", "--d-min", "--epochs", "--device", "--verify", "--restart",
-                  "--truth", "--quiet"},
+                  "--calibrate", "--truth", "--quiet"},
     "predict": {"-o", "--output", "--d-min"},
     "extract": {"-o", "--output", "--box", "--d-min", "--image-dir", "--verify"},
     "train integration": {"-o", "--output", "--preset", "--encoder", "--profile", "--epochs", "--seed", "--device"},

@@ -21,7 +21,7 @@ def observed():
     expected = true * scale / correction
     variance = expected + 100
     intensity = expected + rng.normal(size=n * mates) * np.sqrt(variance)
-    return Observations(intensity, np.full(n * mates, 250.0), unique, correction, group, phi), scale, true
+    return Observations(intensity, np.full(n * mates, 250.0), unique, unique >= 0, correction, group, phi), scale, true
 
 
 def test_scales_are_recovered(observed) -> None:

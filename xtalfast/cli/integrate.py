@@ -105,6 +105,14 @@ def integrate(
     verify: Annotated[bool, typer.Option("--verify", help="Check the MD5 sum of every CBF image.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Ignore what an interrupted run left behind.")] = False,
     device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu or cuda[:N].")] = "auto",
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Judge the sigmas by simulation from the fitted model, thinned photons and symmetry mates; reported, "
+            "never applied.",
+        ),
+    ] = False,
     truth: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="truth.npz of simulated data: shown in the report, used for nothing else."),
@@ -139,6 +147,7 @@ def integrate(
         verify=verify,
         resume=not restart,
         device=device,
+        calibrate=calibrate,
         truth=truth,
         seed=seed,
     )

@@ -177,31 +177,35 @@ def _fit_priors(first: _FirstLook, symmetry: _Symmetry) -> Priors:
     )
 
 
-def _references(
-    store: Any, experiments: Sequence[Experiment], first: _FirstLook, symmetry: _Symmetry, priors: Priors
-) -> tuple[Array, NDArray[np.bool_]]:
-    """Intensity of each row expected from its symmetry mates, and whether it has any."""
+def symmetry_mates(store: Any, experiments: Sequence[Experiment], intensity: Array, variance: Array) -> Observations:
+    """Prior-free intensities [N] of the rows of a store with what relates them; absent reflections have variance -1."""
+    symmetry = _symmetry(store, experiments)
     ids = np.asarray(store.metadata["id"][:], np.int64)
     hkl = np.asarray(store.metadata["hkl"][:])
-    key = np.zeros(store.n, np.int64)
+    key, plus = np.zeros(store.n, np.int64), np.ones(store.n, bool)
     for n, (rows, group) in enumerate(space_groups(experiments, ids)):
-        # one number per reflection and space group: crystals of several groups are not mates
-        key[rows] = canonical_index(hkl[rows], group)[0] * 8 + n % 8
+        number, plus[rows] = canonical_index(hkl[rows], group)
+        key[rows] = number * 8 + n % 8  # crystals of several space groups are not mates
     nothing = (hkl == 0).all(axis=1)  # spots without Miller indices are no mates of each other
     key[nothing] = -1 - np.flatnonzero(nothing)
-    unique = np.unique(key, return_inverse=True)[1].ravel()
     phi = np.zeros(store.n)
     for number in np.unique(ids[ids >= 0]):
         scan = experiments[int(number)].scan
         if scan is not None:
             at = ids == number
             phi[at] = np.asarray(store.metadata["xyzcal_px"][:, 2], float)[at] * abs(scan.oscillation[1])
-    data = Observations(
-        first.intensity, np.where(symmetry.absent, -1.0, first.variance), unique, symmetry.correction, ids, phi
-    )
-    scale = relative_scales(data)
+    unique = np.unique(key, return_inverse=True)[1].ravel()
+    variance = np.where(symmetry.absent, -1.0, variance)
+    return Observations(intensity, variance, unique, plus, symmetry.correction, ids, phi)
+
+
+def _references(
+    store: Any, experiments: Sequence[Experiment], first: _FirstLook, symmetry: _Symmetry, priors: Priors
+) -> tuple[Array, NDArray[np.bool_]]:
+    """Intensity of each row expected from its symmetry mates, and whether it has any."""
+    data = symmetry_mates(store, experiments, first.intensity, first.variance)
     wilson = priors.intensity.mean(symmetry.d, symmetry.epsilon, symmetry.correction)
-    return leave_one_out(data, scale, wilson)
+    return leave_one_out(data, relative_scales(data), wilson)
 
 
 def _geometry_of(

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xtalfast.errors import InputError
+from xtalfast.integration.calibrate import calibrate
 from xtalfast.integration.columns import FIXED_BOX, add_derived_columns
 from xtalfast.integration.estimate import Estimates, estimate
 from xtalfast.integration.gaussian_rs import ReferenceProfiles
@@ -137,6 +138,18 @@ def integrate(
             device=options.torch_device,
             progress=progress,
         )
+    calibrations = []
+    if options.calibrate:
+        with _timed("calibration", seconds):
+            calibrations = calibrate(
+                prepared.store,
+                prepared.profiles if given else network,
+                prepared.experiments,
+                estimates,
+                reference=prepared.profiles,
+                seed=options.seed,
+                progress=progress,
+            )
     integrated = fill_table(table, prepared.store, prepared.rows, estimates, publish=options.publish)
     for experiment in experiments:
         experiment.profile = prepared.profiles.widths.to_profile()
@@ -147,7 +160,9 @@ def integrate(
     with _timed("files", seconds):
         files, record = write_outputs(
             out_dir,
-            RunResults(table, integrated, experiments, prepared.store, prepared.profiles, network, estimates),
+            RunResults(
+                table, integrated, experiments, prepared.store, prepared.profiles, network, estimates, calibrations
+            ),
             parameters=parameters,
             defaults=asdict(IntegrateOptions()) | {"engine": "exact"},
             config=network.model.config.to_dict() if network is not None else {},

@@ -30,6 +30,7 @@ class IntegrateOptions:
     verify: bool = False  # check Content-MD5 of every image
     resume: bool = True
     device: str = "auto"  # auto | cpu | cuda[:N]
+    calibrate: bool = False  # pulls from simulation, thinned halves and symmetry mates, for the report
     truth: Path | None = None  # of simulated data: shown in the report, used for nothing else
     seed: int = 0
 

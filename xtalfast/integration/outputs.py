@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 import xtalfast
 from xtalfast.errors import InputError
+from xtalfast.integration.calibrate import Calibration
 from xtalfast.integration.device import choose_device
 from xtalfast.integration.estimate import Estimates
 from xtalfast.integration.gaussian_rs import ReferenceProfiles
@@ -59,6 +60,7 @@ class RunResults:
     profiles: ReferenceProfiles
     network: NetworkProfiles | None
     estimates: Estimates  # rows of the store
+    calibrations: Sequence[Calibration] = ()
 
     @property
     def spot_source(self) -> ReferenceProfiles | NetworkProfiles:
@@ -216,6 +218,7 @@ def write_outputs(
         "warnings": warnings,
         "estimates": run.estimates.diagnostics,
         "store": run.store.statistics,
+        "calibration": [c.to_json() for c in run.calibrations],
         "statistics": [s.to_json() for s in statistics],
         "seconds": seconds,
         "files": [f.name for f in files],

@@ -27,7 +27,8 @@ class Observations(NamedTuple):
 
     intensity: Array  # [N] counts
     variance: Array  # [N]; not positive where there is none
-    unique: NDArray[np.int64]  # [N] number of the unique reflection
+    unique: NDArray[np.int64]  # [N] number of the unique reflection, Friedel mates together
+    plus: NDArray[np.bool_]  # [N] I(+) rather than I(-)
     correction: Array  # [N] factor that makes equivalents equal but for the scale (lp)
     group: NDArray[np.int64]  # [N] experiment
     phi: Array  # [N] deg

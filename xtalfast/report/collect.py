@@ -90,6 +90,7 @@ def report_data(
         profiles=grid,
         shoeboxes=shoeboxes,
         comparisons=_comparisons(run, record["parameters"]["truth"]),
+        calibrations=run.calibrations,
         intensities={"profile fit": (value[fitted], sigma[fitted])},
         outliers=_outliers(store, columns, misfit, fitted),
     )

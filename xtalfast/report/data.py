@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from xtalfast.metrics import MergingStatistics
+
+if TYPE_CHECKING:
+    from xtalfast.integration.calibrate import Calibration
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class ReportData:
     comparisons: Sequence[Comparison] = ()
     intensities: Mapping[str, tuple[NDArray, NDArray]] = field(default_factory=dict)  # channel -> I, sigma [N]
     pulls: Mapping[str, NDArray] = field(default_factory=dict)  # e.g. thinned halves -> (I1 - I2) / sigma
+    calibrations: Sequence[Calibration] = ()
     outliers: Sequence[Mapping[str, Any]] = ()  # one mapping a row, all with the same keys
 
 

@@ -169,6 +169,13 @@ def _pulls(data: ReportData) -> tuple[list[Figure], list[dict[str, Any]]]:
             values = _fixed(part.mean, 2, "+"), _fixed(part.sd, 2), _fixed(part.robust_sd, 2)
             rows.append([label, f"{part.n:,}", *values])
         tables.append({"name": one.name, "rows": rows})
+    for kind in data.calibrations:
+        samples[kind.name] = kind.pulls
+        rows = []
+        for b in kind.bins:
+            label = f"above {b.low:g}" if b.high == math.inf else f"{b.low:g} – {b.high:g}"
+            rows.append([label, f"{b.n:,}", _fixed(b.mean, 2, "+"), _fixed(b.sd, 2), _fixed(b.factor, 2)])
+        tables.append({"name": kind.name, "rows": rows})
     if not samples:
         return [], []
     caption = (
