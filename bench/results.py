@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import examples_results
 import exact_results
 import pipeline_integrate
+import wedge_results
 
 from xtalfast.io.files import write_text
 
@@ -47,6 +48,7 @@ SECTIONS: dict[str, Callable[[Path, Path], str]] = {
     "formats": pipeline_integrate.formats_section,
     "simulated": pipeline_integrate.simulated_section,
     "exact": exact_results.exact_section,
+    "wedges": wedge_results.wedges_section,
     "nanobragg": pipeline_integrate.nanobragg_section,
     "stills": pipeline_integrate.stills_section,
     "quartz": pipeline_integrate.shoebox_section,

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xtalfast.errors import InputError
+from xtalfast.integration.background_shapes import ShapedBackground
 from xtalfast.integration.gaussian_rs import ReferenceProfiles
 from xtalfast.integration.joint_fit import joint_fit, wilson_mean
 from xtalfast.integration.priors import BackgroundPrior, Priors, WilsonPrior, centric_and_epsilon, space_groups
@@ -47,6 +48,7 @@ VALID_PROFILE = 0.75  # share of the recorded profile that must be unmasked, DIA
 MIN_RECORDED = 0.1  # share of the whole spot that must be recorded
 FIRST_LOOK_ERROR = 0.05  # of a strong reflection fitted with the weights of a weak one
 LOST_TO_NEIGHBOURS = 0.003  # of a profile under the masks of others: such spots are fitted together with these
+MAX_KEPT = 3 << 27  # bytes of pixels and profiles that stay in memory between the two passes
 STRONG = 20.0  # sigmas from which a reflection is its own reference
 
 
@@ -129,37 +131,64 @@ class _FirstLook(NamedTuple):
     background_variance: Array  # [N], -1 where there is none
 
 
-def _first_look(
-    store: Any,
-    source: Any,
-    reference: ReferenceProfiles | None,
-    reader: Reader,
-    batch: int,
-    tell: Progress,
-) -> _FirstLook:
+class _Look(NamedTuple):
+    """One batch with all that is known of it before a fit."""
+
+    rows: NDArray[np.int64]  # of the whole store
+    at: NDArray[np.int64]  # of the store of its size of box
+    view: Any
+    reference: ReferenceProfiles | None
+    part: Batch
+    background: ShapedBackground
+    profile: Tensor
+    coverage: Array
+
+
+class _Batches:
+    """The batches of a store, kept from the first pass to the second as long as they fit into MAX_KEPT bytes."""
+
+    def __init__(
+        self, store: Any, source: Any, reference: ReferenceProfiles | None, reader: Reader, batch: int
+    ) -> None:
+        self.store, self.source, self.reference, self.reader, self.batch = store, source, reference, reader, batch
+        self._kept: dict[int, tuple[Batch, ShapedBackground, Tensor, Array]] = {}
+        self._bytes = 0
+
+    def __iter__(self) -> Iterator[_Look]:
+        for rows_of, view, source, reference in _sources(self.store, self.source, self.reference):
+            for start in range(0, len(rows_of), self.batch):
+                at = np.arange(start, min(start + self.batch, len(rows_of)))
+                key = int(rows_of[start])
+                kept = self._kept.get(key)
+                if kept is None:
+                    part = self.reader.read(view, at)
+                    kept = (part, self.reader.background(view, part), *_profiles(source, reference, at))
+                    shape, outlier = kept[1].shape, kept[1].outlier
+                    size = part.counts.nbytes + 3 * part.used.nbytes + shape.nbytes + outlier.nbytes + kept[2].nbytes
+                    if self._bytes + size <= MAX_KEPT:
+                        self._bytes += size
+                        self._kept[key] = kept
+                yield _Look(rows_of[at], at, view, reference, *kept)
+
+
+def _first_look(store: Any, batches: _Batches, dispersion: float, tell: Progress) -> _FirstLook:
     """Fits with the weights of spots without intensity: fixed by the background alone, unbiased, good when weak."""
     found = _FirstLook(*(np.zeros(store.n) for _ in range(4)))
     done = 0
-    for rows_of, view, own, given in _sources(store, source, reference):
-        for start in range(0, len(rows_of), batch):
-            at = np.arange(start, min(start + batch, len(rows_of)))
-            part = reader.read(view, at)
-            background = reader.background(view, part)
-            use = part.used & ~background.outlier
-            profile, coverage = _profiles(own, given, at)
-            good = _usable(profile, coverage, part, use)
-            weights = (0.0, torch.from_numpy(np.maximum(background.mean, 1e-3)))
-            counts, mask = torch.from_numpy(part.counts), torch.from_numpy(use)
-            fit = profile_fit(counts, mask, profile, background=background_tensor(background), at=weights)
-            good &= np.isfinite(fit.var_i.numpy())
-            share = np.where(good, coverage, 1.0)  # some boxes hold nothing of their spot
-            rows = rows_of[at]
-            found.intensity[rows] = np.where(good, fit.i.numpy() / share, 0.0)
-            found.variance[rows] = np.where(good, reader.dispersion * fit.var_i.numpy() / share**2, -1.0)
-            found.background[rows] = background.mean
-            found.background_variance[rows] = np.where(good & (background.n_used > 0), background.variance, -1.0)
-            done += len(at)
-            tell("priors", done, store.n)
+    for rows, _, _, _, part, background, profile, coverage in batches:
+        use = part.used & ~background.outlier
+        good = _usable(profile, coverage, part, use)
+        weights = (0.0, torch.from_numpy(np.maximum(background.mean, 1e-3)))
+        counts, mask = torch.from_numpy(part.counts), torch.from_numpy(use)
+        fit = profile_fit(counts, mask, profile, background=background_tensor(background), at=weights)
+        good &= np.isfinite(fit.var_i.numpy())
+        share = np.where(good, coverage, 1.0)  # some boxes hold nothing of their spot
+        found.intensity[rows] = np.where(good, fit.i.numpy() / share, 0.0)
+        found.variance[rows] = np.where(good, dispersion * fit.var_i.numpy() / share**2, -1.0)
+        found.background[rows] = background.mean
+        found.background_variance[rows] = np.where(good & (background.n_used > 0), background.variance, -1.0)
+        done += len(rows)
+        tell("priors", done, store.n)
     return found
 
 
@@ -271,7 +300,8 @@ def estimate(
     tell = progress or (lambda stage, done, total: None)
     symmetry = _symmetry(store, experiments)
     reader = Reader(experiments, widths, dispersion=dispersion).with_radial(store)
-    first = _first_look(store, source, reference, reader, batch, tell)
+    batches = _Batches(store, source, reference, reader, batch)
+    first = _first_look(store, batches, dispersion, tell)
     if priors is None:
         priors = _fit_priors(first, symmetry)
     expected, known = _references(store, experiments, first, symmetry, priors)
@@ -280,40 +310,34 @@ def estimate(
     flags = np.zeros(store.n, np.uint64)
     held, lost = np.ones(store.n), np.zeros(store.n)  # of each spot in its box; of its profile to the masks of others
     done_rows = 0
-    for rows_of, view, own, given in _sources(store, source, reference):
-        for start in range(0, len(rows_of), batch):
-            at = np.arange(start, min(start + batch, len(rows_of)))
-            rows = rows_of[at]
-            part = reader.read(view, at)
-            background = reader.background(view, part)
-            found, complete = summation(part, background, dispersion)
-            use = part.used & ~background.outlier
-            profile, coverage = _profiles(own, given, at)
-            usable = _usable(profile, coverage, part, use)
-            shape = background_tensor(background)
-            law = symmetry.of(rows)
-            fitted = _fit(part, use, profile, shape, coverage, usable, priors, law, expected[rows], dispersion, device)
-            held[rows] = coverage
-            lost[rows] = np.einsum("np,np->n", profile.numpy(), (view.mask(at) & OVERLAPPED) != 0)
-            usable, found = usable & (fitted["intensity.prf.variance"] > 0), found | fitted
-            if given is not None:
-                found["partiality"] = given.partiality(at).numpy().astype(float)
-            if network is not None:
-                moments = network.moments(at)
-                some = part.used.any(axis=1)
-                found["intensity.q.value"] = np.where(some, moments["mean_i"] / coverage, 0.0)
-                found["intensity.q.variance"] = np.where(some, moments["var_i"] / coverage**2, -1.0)
-            for name, values in found.items():
-                columns.setdefault(name, np.zeros(store.n, values.dtype))[rows] = values
-            for good, done, failed in (
-                (complete, Flag.IntegratedSum, Flag.FailedDuringSummation),
-                (usable, Flag.IntegratedPrf, Flag.FailedDuringProfileFitting),
-            ):
-                flags[rows] |= np.where(good, np.uint64(done), np.uint64(failed))
-            bad = (part.inside & part.in_scan & ~part.used).any(axis=1)
-            flags[rows] |= np.where(bad, np.uint64(Flag.ForegroundIncludesBadPixels), np.uint64(0))
-            done_rows += len(at)
-            tell("estimate", done_rows, store.n)
+    for rows, at, view, given, part, background, profile, coverage in batches:
+        found, complete = summation(part, background, dispersion)
+        use = part.used & ~background.outlier
+        usable = _usable(profile, coverage, part, use)
+        shape = background_tensor(background)
+        law = symmetry.of(rows)
+        fitted = _fit(part, use, profile, shape, coverage, usable, priors, law, expected[rows], dispersion, device)
+        held[rows] = coverage
+        lost[rows] = np.einsum("np,np->n", profile.numpy(), (view.mask(at) & OVERLAPPED) != 0)
+        usable, found = usable & (fitted["intensity.prf.variance"] > 0), found | fitted
+        if given is not None:
+            found["partiality"] = given.partiality(at).numpy().astype(float)
+        if network is not None:
+            moments = network.moments(at)
+            some = part.used.any(axis=1)
+            found["intensity.q.value"] = np.where(some, moments["mean_i"] / coverage, 0.0)
+            found["intensity.q.variance"] = np.where(some, moments["var_i"] / coverage**2, -1.0)
+        for name, values in found.items():
+            columns.setdefault(name, np.zeros(store.n, values.dtype))[rows] = values
+        for good, done, failed in (
+            (complete, Flag.IntegratedSum, Flag.FailedDuringSummation),
+            (usable, Flag.IntegratedPrf, Flag.FailedDuringProfileFitting),
+        ):
+            flags[rows] |= np.where(good, np.uint64(done), np.uint64(failed))
+        bad = (part.inside & part.in_scan & ~part.used).any(axis=1)
+        flags[rows] |= np.where(bad, np.uint64(Flag.ForegroundIncludesBadPixels), np.uint64(0))
+        done_rows += len(at)
+        tell("estimate", done_rows, store.n)
     result = Estimates(columns, flags, priors)
     columns["overlap.n"] = np.zeros(store.n, np.int32)
     if overlaps and (lost > LOST_TO_NEIGHBOURS).any():

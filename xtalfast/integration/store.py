@@ -25,7 +25,7 @@ from xtalfast.masks import used_pixels
 Rows = NDArray[np.int64]
 
 SHARD_VOXELS = 1 << 21  # 6 MB of counts and mask: small beside memory, large beside a seek
-_OPEN_SHARDS = 8  # mapped at once; mapped pages count as resident memory
+_OPEN_SHARDS = 24  # mapped at once; mapped pages count as resident memory
 _FORMAT = "xtalfast shoebox store"
 
 
