@@ -21,8 +21,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import examples_results
 import exact_results
+import examples_results
 import pipeline_integrate
 import wedge_results
 
