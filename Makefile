@@ -5,11 +5,12 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
 DATA ?= ../shared/data
+BASE ?= HEAD
 BIN := $(VENV)/bin
 # Threads that wait asleep: spinning ones slow a busy machine down tenfold.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help system setup build demo test sanitize bench results lint format docs new-op clean
+.PHONY: help system setup build demo test sanitize bench bench-compare results lint format docs new-op clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -57,6 +58,9 @@ sanitize: setup  ## tests of the ops with csrc/ built to find bad addresses and 
 
 bench: setup  ## speed ratios against in-run baselines, compared with bench/baseline.json
 	OMP_NUM_THREADS=1 $(BIN)/pytest bench --benchmark-sort=name --benchmark-columns=min,median,rounds $(PYTEST_ARGS)
+
+bench-compare: setup  ## the same benches here and in BASE (a commit, branch or tag), in turns: what got slower?
+	$(BIN)/python bench/compare.py $(BASE) $(PYTEST_ARGS)
 
 results: setup  ## docs/results.md from the shared data (DATA=...), DIALS beside us; ONLY="NAME ..." for some sections
 	$(BIN)/python bench/results.py --data $(DATA) $(if $(ONLY),--only $(ONLY))
