@@ -148,7 +148,7 @@ template <Isa isa, class T> XTALFAST_INLINE void one_box(const PosteriorArgument
   load_row(s.boxes, box, row);
   std::copy_n(static_cast<const T *>(s.profile) + s.boxes.first(box), row.size, row.profile.data());
   add_up(row);
-  gather_lit_values<isa>(row);
+  gather_lit<isa>(row);
   const double a = s.prior[box], alpha = s.prior[n + box], c = s.prior[2 * n + box], beta = s.prior[3 * n + box];
   const double p_total = row.profile_sum + alpha, q_total = row.background_sum + beta;
   const double start = first_share(row, a, c, p_total, q_total);

@@ -23,8 +23,8 @@ XTALFAST_INLINE std::int64_t gather(const T *const from[3], std::int64_t n, T *c
   return gather_portable(from, n, to);
 }
 
-// Fills the `lit_` arrays of a row but for the indices.
-template <Isa isa, class T> XTALFAST_INLINE void gather_lit_values(Row<T> &row) {
+// Fills the `lit_` arrays of a row.
+template <Isa isa, class T> XTALFAST_INLINE void gather_lit(Row<T> &row) {
   const T *const from[3] = {row.counts.data(), row.profile.data(), row.background.data()};
   T *const to[3] = {row.lit_counts.data(), row.lit_profile.data(), row.lit_background.data()};
   row.n_lit = gather<isa>(from, row.size, to);

@@ -82,7 +82,7 @@ template <Isa isa, class T> XTALFAST_INLINE Fit most_likely(Row<T> &row, double 
   Fit fit;
   fit.solvable = normal_equations(row, T(1), T(1)).template solvable<T>();
   const double p_total = fit.solvable ? row.profile_sum : 1, b_total = fit.solvable ? row.background_sum : 1;
-  gather_lit_values<isa>(row);
+  gather_lit<isa>(row);
   const T to_one = static_cast<T>(1 / p_total), to_zero = static_cast<T>(1 / b_total);
   for (std::int64_t j = 0; j < row.lit_length; ++j) {
     row.lit_profile[j] *= to_one;

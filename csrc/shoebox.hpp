@@ -48,7 +48,6 @@ template <class T> struct Row {
   // the pixels with counts alone, in the same order
   std::int64_t n_lit = 0, lit_length = 0;
   std::vector<T> lit_counts, lit_profile, lit_background;
-  std::vector<std::int32_t> lit_index;
   // sums over the used pixels
   T profile_sum = 0, background_sum = 0, photons = 0;
 
@@ -56,7 +55,6 @@ template <class T> struct Row {
     const std::int64_t n = padded<T>(longest) + Lanes<T>::count;
     for (auto *values : {&counts, &used, &profile, &background, &lit_counts, &lit_profile, &lit_background})
       values->resize(n);
-    lit_index.resize(n);
   }
 };
 
@@ -133,27 +131,6 @@ template <class T> XTALFAST_INLINE void add_up(Row<T> &row) {
   row.profile_sum = sum<T>(profile_sum);
   row.background_sum = sum<T>(background_sum);
   row.photons = sum<T>(photons);
-}
-
-// Gathers the pixels with counts.
-template <class T> XTALFAST_INLINE void gather_lit(Row<T> &row) {
-  std::int64_t kept = 0;
-  for (std::int64_t j = 0; j < row.size; ++j) { // no branch: the outcome of a photon count cannot be predicted
-    row.lit_index[kept] = static_cast<std::int32_t>(j);
-    kept += row.counts[j] > 0;
-  }
-  row.n_lit = kept;
-  row.lit_length = padded<T>(kept);
-  for (std::int64_t k = 0; k < kept; ++k) {
-    const std::int32_t j = row.lit_index[k];
-    row.lit_counts[k] = row.counts[j];
-    row.lit_profile[k] = row.profile[j];
-    row.lit_background[k] = row.background[j];
-  }
-  for (std::int64_t k = kept; k < row.lit_length; ++k) {
-    row.lit_counts[k] = row.lit_profile[k] = T(0);
-    row.lit_background[k] = T(1);
-  }
 }
 
 // Sum of log y! over a row; small whole numbers from a table.
