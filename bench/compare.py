@@ -29,10 +29,11 @@ def build(base: str, folder: Path) -> Path:
     )
     if commit.returncode:
         sys.exit(f"error: BASE must be a commit, branch or tag of this repository, got {base!r}")
-    site = folder / commit.stdout.strip()
+    name = commit.stdout.strip()
+    site = folder / name
     if not site.exists():
         with tempfile.TemporaryDirectory() as source:
-            archive = subprocess.run(["git", "archive", commit.stdout.strip()], cwd=ROOT, capture_output=True, check=True)
+            archive = subprocess.run(["git", "archive", name], cwd=ROOT, capture_output=True, check=True)
             subprocess.run(["tar", "-x", "-C", source], input=archive.stdout, check=True)
             pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-build-isolation"]
             subprocess.run([*pip, "--no-deps", "--target", f"{site}.part", source], check=True)
