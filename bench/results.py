@@ -21,6 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import density_results
 import exact_results
 import examples_results
 import pipeline_integrate
@@ -53,6 +54,7 @@ SECTIONS: dict[str, Callable[[Path, Path], str]] = {
     "stills": pipeline_integrate.stills_section,
     "quartz": pipeline_integrate.shoebox_section,
     "examples": examples_results.examples_section,
+    "dipeptides": density_results.dipeptide_section,
 }
 
 

@@ -168,11 +168,11 @@ def _judge(trained: Trained, batch: ExampleBatch, stages: list[Stage]) -> None:
             total, shells = phase_errors(one, truth, cell, d_min)
             stage.phase_error.append(total)
             stage.shells.append(shells)
-            better, r = refine_template(one, batch.patterson[i], batch.residue_ids[i], cell, d_min, trained.scale)
+            better, r_free = refine_template(one, batch.patterson[i], batch.residue_ids[i], cell, d_min, trained.scale)
             stage.pc_modified.append(float(pearson(better, truth)))
             stage.phase_error_modified.append(phase_errors(better, truth, cell, d_min)[0])
-            stage.refined.append(r < REFINED_BELOW)
-            chosen.append(flatten_template(better, cell) if r < REFINED_BELOW else one)
+            stage.refined.append(r_free < REFINED_BELOW)
+            chosen.append(flatten_template(better, cell) if r_free < REFINED_BELOW else one)
         # The paper: an example refined after the initial run keeps its refined template.
         templates = torch.stack(chosen)
 

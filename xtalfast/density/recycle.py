@@ -18,7 +18,7 @@ from xtalfast.density.cells import solvent_fraction
 from xtalfast.density.conformers import mass_of
 from xtalfast.density.scale import MapScale
 from xtalfast.phasing.fourier import FourierGrid
-from xtalfast.phasing.modify import ModifyOptions, modify_spectrum
+from xtalfast.phasing.modify import HELD_OUT, ModifyOptions, modify_spectrum
 from xtalfast.phasing.projections import Amplitudes
 
 CYCLES = 30
@@ -50,8 +50,8 @@ def refine_template(
         scale: of the training data.
 
     Returns:
-        the refined map on the scale of the data [X, Y, Z]; and R between its amplitudes before they were replaced by
-        the measured ones, and these.
+        the refined map on the scale of the data [X, Y, Z]; and R_free between the amplitudes of the modified density
+        and measured ones that were held out on the way (every twentieth).
     """
     parameters = cell.double().cpu().numpy()
     x, y, z = density.shape
@@ -59,16 +59,21 @@ def refine_template(
     values = measured_amplitudes(patterson.float(), grid, scale)
     bound = grid.inside.clone()
     bound[0, 0, 0] = False
-    amplitudes = Amplitudes(grid, values, bound, torch.zeros_like(bound))
+    # Amplitudes of a random map are alike for Friedel mates, so mates are held out together.
+    noise = torch.randn(density.shape, generator=torch.Generator().manual_seed(0)).to(density.device)
+    lot = grid.to_spectrum(noise).abs()
+    held_out = bound & (lot < lot[bound].quantile(HELD_OUT))
+    amplitudes = Amplitudes(grid, values, bound & ~held_out, held_out)
     solvent = float(np.clip(solvent_fraction(mass_of(residue_ids.cpu().numpy()), parameters), 0.1, 0.95))
-    start = grid.to_spectrum(density.float())[None]
     with torch.no_grad():
-        final, flat = modify_spectrum(
-            start, amplitudes, torch.tensor([solvent], device=density.device), ModifyOptions(cycles=CYCLES, histogram=0)
-        )
-        r, _ = amplitudes.r_factors(grid.to_map(flat))
-    final[:, 0, 0, 0] = 0
-    return grid.to_map(final)[0] / scale.density, float(r[0])
+        _, flat = modify_spectrum(
+            grid.to_spectrum(density.float())[None], amplitudes, torch.tensor([solvent], device=density.device),
+            ModifyOptions(cycles=CYCLES, histogram=0),
+        )  # fmt: skip
+        _, r_free = amplitudes.r_factors(grid.to_map(flat))
+        final = Amplitudes(grid, values, bound, torch.zeros_like(bound)).impose(flat)[0]
+    final[0, 0, 0] = 0
+    return grid.to_map(final) / scale.density, float(r_free[0])
 
 
 def flatten_template(density: Tensor, cell: Tensor) -> Tensor:
