@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import gemmi
 import numpy as np
@@ -12,11 +13,14 @@ import torch
 from xtalfast.cli import main
 from xtalfast.density.dataset import ExampleDataset, GridBatches
 from xtalfast.density.evaluate import N_SHELLS, Evaluation, Stage, phase_errors
+from xtalfast.density.loss import pearson
 from xtalfast.density.maps import atoms_of_rows
 from xtalfast.density.recycle import flatten_template, measured_amplitudes, noisy_template, refine_template
 from xtalfast.density.trained import Trained
 from xtalfast.io.mtz_phases import write_phases
 from xtalfast.phasing.fourier import FourierGrid
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +151,25 @@ def test_evaluate_refuses_structures_that_were_trained_on(dipeptides, weights, t
     arguments = ["evaluate", str(dipeptides.path), "--weights", str(tmp_path / "leaky.ckpt"), "-o", str(tmp_path)]
     assert main([*arguments, "--quiet"]) == 2
     assert "were trained on" in capsys.readouterr().err
+
+
+def test_the_shipped_network_uses_the_patterson(dipeptides):
+    """On peptides of ideal geometry, which it has not seen, beside controls that a useless network would pass."""
+    trained = Trained.load(ROOT / "examples" / "dipeptide.ckpt")
+    assert (ROOT / "examples" / "dipeptide.ckpt").stat().st_size < 5_000_000
+    found: dict[str, list[float]] = {"right": [], "shuffled": [], "mean": []}
+    dataset = ExampleDataset(dipeptides["train"], trained.scale)
+    for request in GridBatches(dataset, 16, min_batch=3, shuffle=False):
+        batch = dataset[request]
+        truth = batch.density
+        others = (truth.sum(0) - truth) / (len(truth) - 1)
+        given = batch.residue_ids, batch.cells, 1.5
+        found["right"] += pearson(trained.predict(batch.patterson, *given), truth).tolist()
+        found["shuffled"] += pearson(trained.predict(batch.patterson.roll(1, 0), *given), truth).tolist()
+        found["mean"] += pearson(others, truth).tolist()
+    mean = {name: np.mean(values) for name, values in found.items()}
+    assert len(found["right"]) > 20
+    assert mean["right"] > 0.1 + max(mean["shuffled"], mean["mean"]), mean
 
 
 def test_table_separates_what_was_not_refined():
