@@ -13,11 +13,15 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from pathlib import Path
 
-import dense_reccrysformer
 import pytest
 import torch
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import dense_reccrysformer
 
 from xtalfast.density import RecCrysFormer, RecCrysFormerConfig
 

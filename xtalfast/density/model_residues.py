@@ -43,7 +43,29 @@ class ResidueTokens:
         assert self.rstd is not None
         n_slots = self.residue.shape[1]
         by_residue, by_slot = projected[:-n_slots], projected[-n_slots:]
-        return torch.addcmul(shift, by_residue[self.residue] + by_slot, self.rstd).flatten(1, 2)
+        return _Combine.apply(by_residue, by_slot, self.rstd, shift, self.residue).flatten(1, 2)
+
+
+class _Combine(torch.autograd.Function):
+    """(by_residue[residue] + by_slot) rstd + shift, keeping nothing of the size of the result for the gradient.
+
+    by_residue [U, P, C], by_slot [R, P, C], rstd [B, R, P, 1], shift [C], residue [B, R] -> [B, R, P, C].
+    """
+
+    @staticmethod
+    def forward(ctx, by_residue, by_slot, rstd, shift, residue):
+        ctx.save_for_backward(by_residue, by_slot, rstd, residue)
+        return by_residue[residue].add_(by_slot).mul_(rstd.to(by_residue.dtype)).add_(shift)
+
+    @staticmethod
+    def backward(ctx, grad):
+        by_residue, by_slot, rstd, residue = ctx.saved_tensors
+        grad_shift = grad.flatten(0, 2).sum(0)
+        sums = by_residue[residue].add_(by_slot).mul_(grad)
+        grad_rstd = sums.sum(-1, keepdim=True).to(rstd.dtype)
+        scaled = torch.mul(grad, rstd, out=sums) if grad.dtype == rstd.dtype else grad * rstd.to(grad.dtype)
+        grad_residue = torch.zeros_like(by_residue).index_add_(0, residue.flatten(), scaled.flatten(0, 1))
+        return grad_residue, scaled.sum(0), grad_rstd, grad_shift, None
 
 
 class ResidueBranch(nn.Module):
