@@ -8,6 +8,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 site=build/gpu-site
+"$python" -c 'import sys, torch
+if not torch.cuda.is_available():
+    sys.exit(f"error: torch {torch.__version__} sees no GPU; python bench/gpu_check.py --device cpu rehearses the checks")'
 arch=$("$python" -c 'import torch; print("%d%d-real" % torch.cuda.get_device_capability())')
 mkdir -p "$site"
 if ! "$python" -c 'import gemmi' 2>/dev/null; then

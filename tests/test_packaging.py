@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -85,3 +86,9 @@ def test_on_with_nvcc_builds_the_cuda_kernels_and_loads_without_a_driver(source,
     code = "import torch, xtalfast._native as n; print(n.C.with_cuda)"
     result = run(sys.executable, "-S", "-P", "-c", code, cwd=tmp_path, PYTHONPATH=path)
     assert result.stdout.strip() == "True", result.stdout + result.stderr
+
+
+def test_the_gpu_script_says_so_where_there_is_no_gpu(tmp_path):
+    result = run("bash", ROOT / "bench" / "gpu.sh", cwd=tmp_path, PYTHON=sys.executable, CUDA_VISIBLE_DEVICES="")
+    assert result.returncode != 0
+    assert re.fullmatch(r"error: torch \S+ sees no GPU; .*--device cpu.*\n", result.stderr), result.stderr
