@@ -25,6 +25,7 @@ import density_results
 import exact_results
 import examples_results
 import pipeline_integrate
+import pipeline_unbiased
 import wedge_results
 
 from xtalfast.io.files import write_text
@@ -47,9 +48,12 @@ enter only as spot-finder shoeboxes (quartz, electron diffraction).
 # with its "## " heading. The page shows the sections in this order.
 SECTIONS: dict[str, Callable[[Path, Path], str]] = {
     "formats": pipeline_integrate.formats_section,
+    "prediction": pipeline_unbiased.prediction_section,
     "simulated": pipeline_integrate.simulated_section,
     "exact": exact_results.exact_section,
     "wedges": wedge_results.wedges_section,
+    "unbiased": pipeline_unbiased.unbiased_section,
+    "overlaps": pipeline_unbiased.overlap_section,
     "nanobragg": pipeline_integrate.nanobragg_section,
     "stills": pipeline_integrate.stills_section,
     "quartz": pipeline_integrate.shoebox_section,

@@ -9,6 +9,7 @@ from xtalfast.integration.background import robust_background
 from xtalfast.integration.background_shapes import Kind, RadialBackground, choose_background, inverse_resolution
 from xtalfast.integration.shoeboxes import extract_store
 from xtalfast.integration.simulate import SimulationConfig, simulate
+from xtalfast.integration.strong_spots import select_strong
 from xtalfast.io import read_expt, read_refl
 from xtalfast.masks import used_pixels
 
@@ -163,3 +164,10 @@ def test_inverse_resolution_is_braggs_law(icy):
     np.testing.assert_allclose(s[[150, 3], [10, 100]], np.linalg.norm(s1 - beam.s0, axis=1), rtol=1e-5)
     moved = replace(panel, origin=panel.origin * 2)
     assert inverse_resolution(moved, beam.s0, beam.wavelength).max() < s.max()
+
+
+def test_ice_is_not_taken_for_strong_spots(icy):
+    """Not a spot is in these images; rings look like some where the background of the data set is not known."""
+    store, experiments, _ = icy
+    assert len(select_strong(store, i_over_sigma=4.0).rows) > 0
+    assert len(select_strong(store, experiments, i_over_sigma=4.0).rows) == 0

@@ -169,7 +169,7 @@ class ReferenceProfiles:
         """
         tell = progress or (lambda stage, done, total: None)
         tell("profiles", 0, EM_STEPS + 2)
-        strong, whole = select_strong(store, n_max=n_max), store
+        strong, whole = select_strong(store, experiments, n_max=n_max), store
         given = SpotWidths.from_profile(experiments[0].profile) if experiments else None
         enough = len(strong.rows) >= MIN_STRONG
         if not enough and widths is None and given is None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from xtalfast.integration.background import robust_background
+from xtalfast.integration.background_shapes import RadialBackground
 from xtalfast.masks import used_pixels
-from xtalfast.models import Array
+from xtalfast.models import Array, Experiment
 
+UNEVEN = 1.3  # a background that rises by this much within a spot is not flat enough to learn from the spot
+MIN_RADIAL = 100  # boxes that make a radial background
 MAX_STRONG = 2000  # spots used; more do not improve the shape
 
 
@@ -81,18 +84,28 @@ def central_pixels(box: tuple[int, int, int], half: int) -> NDArray[np.bool_]:
     return inside.ravel()
 
 
-def select_strong(store: Any, *, n_max: int = MAX_STRONG, i_over_sigma: float = 10.0, chunk: int = 4096) -> StrongSpots:
+def select_strong(
+    store: Any,
+    experiments: Sequence[Experiment] | None = None,
+    *,
+    n_max: int = MAX_STRONG,
+    i_over_sigma: float = 10.0,
+    chunk: int = 4096,
+) -> StrongSpots:
     """The spots that teach the profile: strong, with their centre unmasked, evenly taken from the whole store.
 
     The signal is the sum of the central 9 x 9 pixels (fewer in a small box) above the robust mean of those around them.
 
     Args:
         store: ShoeboxStore.
+        experiments: one per `id`: the signal is looked at again above the radial background of the data set, so that
+            ice rings are not taken for spots. None: not looked at.
         n_max: at most this many.
         i_over_sigma: signal over its standard deviation must exceed this.
         chunk: rows read at a time.
     """
     found = []
+    radial = None if experiments is None or store.n < MIN_RADIAL else RadialBackground(experiments)
     for rows_of, view in boxes_by_size(store):
         half = max(min(4, min(view.box[1:]) // 2 - 1), 1)
         near, core = central_pixels(view.box, half), central_pixels(view.box, min(half, 2))
@@ -102,6 +115,8 @@ def select_strong(store: Any, *, n_max: int = MAX_STRONG, i_over_sigma: float = 
             used = used_pixels(view.mask(at))
             background = robust_background(counts, used & ~near)
             inside = used & near
+            if radial is not None:
+                radial.add(view, at, counts, used & ~near)
             n = inside.sum(axis=1)
             signal = np.einsum("np,np->n", counts, inside, dtype=np.float64) - n * background.mean
             enough = background.n_used >= 10
@@ -113,9 +128,39 @@ def select_strong(store: Any, *, n_max: int = MAX_STRONG, i_over_sigma: float = 
         return StrongSpots(np.zeros(0, np.int64), np.zeros(0), np.zeros(0))
     rows, mean, signal = (np.concatenate(column) for column in zip(*found))
     order = np.argsort(rows, kind="stable")
+    if radial is not None:
+        order = order[_above_rings(store, radial, rows[order], i_over_sigma)]
     rows, mean, signal = rows[order], mean[order], signal[order]
     keep = np.unique(np.linspace(0, len(rows) - 1, min(n_max, len(rows))).round().astype(np.int64))
     return StrongSpots(rows[keep], mean[keep], signal[keep])
+
+
+def _above_rings(
+    store: Any, radial: RadialBackground, rows: NDArray[np.int64], i_over_sigma: float
+) -> NDArray[np.bool_]:
+    """Which of some rows are strong above the mean background of the data set, and do not lie on a steep part of it."""
+    result = np.zeros(len(rows), bool)
+    place = np.full(store.n, -1)
+    place[rows] = np.arange(len(rows))
+    for rows_of, view in boxes_by_size(store):
+        at = np.flatnonzero(place[rows_of] >= 0)
+        if not len(at):
+            continue
+        half = max(min(4, min(view.box[1:]) // 2 - 1), 1)
+        near = central_pixels(view.box, half)
+        counts, used = view.counts(at), used_pixels(view.mask(at))
+        template = np.repeat(radial.template(view, at)[:, None], view.box[0], axis=1).reshape(len(at), -1)
+        outside, inside = used & ~near, used & near
+        height = (counts * outside).sum(axis=1) / np.maximum((template * outside).sum(axis=1), 1e-9)
+        under = height * (template * inside).sum(axis=1)
+        signal = (counts * inside).sum(axis=1) - under
+        low, high = (np.where(near, template, fill) for fill in (np.inf, 0.0))
+        even = high.max(axis=1) < UNEVEN * np.maximum(low.min(axis=1), 1e-9)
+        # Where nothing is known of the background, the flat one has decided.
+        known = template.min(axis=1) > 0
+        strong = signal > i_over_sigma * np.sqrt(np.maximum(signal, 1) + under)
+        result[place[rows_of[at]]] = ~known | (even & strong)
+    return result
 
 
 def select_brightest(store: Any, *, n_max: int = MAX_STRONG, min_photons: int = 50, chunk: int = 4096) -> StrongSpots:
