@@ -120,7 +120,7 @@ def unbiased_section(data: Path, work: Path) -> str:
             "## Averages of nothing",
             "Simulated presets `ice` (12 photons of sloping background a pixel, ice rings of 25) and `monoclinic`:",
             "a tenth of the reflections without intensity, predicted and integrated from the models alone. Mean of",
-            "`intensity.prf.value` with its standard error by the stated sigmas, photons, and the scatter in units of the stated sigma.",
+            "`intensity.prf.value` in photons with its error by the stated sigmas, and the scatter in units of these.",
             "",
             "| reflections | n | mean | pull sd |",
             "|---|---|---|---|",
