@@ -138,6 +138,7 @@ def test_default_quadrature_against_a_hundred_samples(paired):
 def test_one_step_takes_the_memory_of_its_gradients():
     """Peak memory of a fresh process above what it held before the step, in units of the gradient by the logits."""
     program = """
+import ctypes
 import torch
 from pathlib import Path
 from bench_poisson_gamma_elbo import PIXELS, ours, problem
@@ -148,6 +149,7 @@ def resident(field):
 torch.set_num_threads(1)
 ours(*problem(64), estimator="mc")()
 call = ours(*problem(4096), estimator="mc")
+ctypes.CDLL(None).malloc_trim(0)  # so that nothing freed before is used again unseen
 Path("/proc/self/clear_refs").write_text("5")
 before = resident("VmRSS")
 call()
@@ -157,7 +159,7 @@ print((resident("VmHWM") - before) / (4 * 4096 * PIXELS))
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     arrays = float(done.stdout)
     print(f"\npeak memory of a step: {arrays:.2f} times the gradient by the logits")
-    assert arrays < 1.2
+    assert 0.9 < arrays < 1.2
 
 
 def test_sixteen_nodes_against_one_sample_of_torch_distributions(paired):

@@ -653,6 +653,7 @@ template <class T> void all_boxes(const ElboArguments &s) {
                                         : some_boxes<T, false, true>;
 #pragma omp parallel num_threads(s.boxes.threads)
   {
+    const FlushTinyToZero flush;
     Scratch<T> scratch(longest, gaussian);
     scratch.past_cache = n_pixels * sizeof(T) > cache_bytes;
     scratch.count_bytes = bytes_of(s.boxes.count_type);
