@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self, get_args, get_type_hints
 
 from xtalfast.errors import InputError
+from xtalfast.ops.nystrom_attention import faster_attention
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,6 @@ class RecCrysFormerConfig:
         conv_taps: tokens along which values are convolved beside the attention; 0 for none.
         centre_patterson: move the Patterson's origin to the middle of the cell, where the molecule is: what a token
             sees then lies where it is to be drawn.
-        projection_cycles: cycles of |F| projection and positivity behind the decoder; 0 for none. They see the
-            Patterson, so the output obeys the measured amplitudes.
     """
 
     dim: int = 512
@@ -73,7 +72,6 @@ class RecCrysFormerConfig:
     sim_gate: bool = True
     conv_taps: int = 33
     centre_patterson: bool = False
-    projection_cycles: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "max_grid", tuple(self.max_grid))
@@ -82,7 +80,7 @@ class RecCrysFormerConfig:
             allowed, value = get_args(hints[item.name]), getattr(self, item.name)
             if allowed and isinstance(allowed[0], str) and value not in allowed:
                 raise InputError(f"{item.name} must be one of {', '.join(allowed)}, got {value!r}")
-        least = {"depth": 0, "decoder_blocks": 0, "projection_cycles": 0, "pinv_iterations": 0, "conv_taps": 0}
+        least = {"depth": 0, "decoder_blocks": 0, "pinv_iterations": 0, "conv_taps": 0}
         for item in fields(self):
             value = getattr(self, item.name)
             if isinstance(value, int) and not isinstance(value, bool) and value < least.get(item.name, 1):
@@ -115,11 +113,11 @@ class RecCrysFormerConfig:
 
     @property
     def uses_exact_attention(self) -> bool:
-        """What `attention` comes to."""
+        """What `attention` comes to: "auto" is decided once, for the largest map: weights do not fit both."""
         if self.attention != "auto":
             return self.attention == "exact"
         keys = self.max_tokens + self.n_residues * (self.residue_patches or self.residue_tokens)
-        return keys <= _EXACT_UP_TO
+        return faster_attention(self.max_tokens, keys, self.landmarks) == "exact"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -156,7 +154,3 @@ class RecCrysFormerConfig:
         """The network of the paper's dipeptide runs (its Table 3)."""
         sizes: dict[str, Any] = {"dim": 512, "ff_dim": 512, "heads": 8, "depth": 6, "n_residues": 2}
         return cls(**(sizes | {"max_grid": (64, 64, 64)} | changes))
-
-
-_EXACT_UP_TO = 2048
-"""Keys up to which exact attention costs no more than Nystrom attention with 64 landmarks; docs/performance.md."""
