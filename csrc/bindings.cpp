@@ -10,6 +10,7 @@
 
 #include "byte_offset.hpp"
 #include "density_map.hpp"
+#include "dual_space.hpp"
 #include "extract_shoeboxes.hpp"
 #include "fourier.hpp"
 #include "intensity_posterior.hpp"
@@ -225,6 +226,46 @@ PYBIND11_MODULE(_C, m) {
           const py::gil_scoped_release release;
           xtalfast::density_voxels_backward(b, s, d, factors, sums, n_threads);
         });
+  m.def(
+      "impose_on_pairs",
+      [](std::uintptr_t values, std::uintptr_t target, std::int64_t n_pairs, const std::array<std::int64_t, 3> &n,
+         int n_threads) {
+        xtalfast::impose_on_pairs({pointer<float>(values), pointer<float>(target), n_pairs, {n[0], n[1], n[2]}},
+                                  n_threads);
+      },
+      py::arg("values"), py::arg("target"), py::arg("n_pairs"), py::arg("n"), py::arg("n_threads"),
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "hio_update",
+      [](std::uintptr_t maps, std::uintptr_t projected, std::uintptr_t protein, float beta, std::int64_t n,
+         int n_threads) {
+        xtalfast::hio_update(pointer<float>(maps), pointer<float>(projected), pointer<std::uint8_t>(protein), beta, n,
+                             n_threads);
+      },
+      py::arg("maps"), py::arg("projected"), py::arg("protein"), py::arg("beta"), py::arg("n"), py::arg("n_threads"),
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "flatten_pairs",
+      [](std::uintptr_t maps, std::uintptr_t protein, float flip, std::int64_t n, int n_threads) {
+        xtalfast::flatten_pairs(pointer<float>(maps), pointer<std::uint8_t>(protein), flip, n, n_threads);
+      },
+      py::arg("maps"), py::arg("protein"), py::arg("flip"), py::arg("n"), py::arg("n_threads"),
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "square_positive",
+      [](std::uintptr_t in, std::uintptr_t out, std::int64_t n, int n_threads) {
+        xtalfast::square_positive(pointer<float>(in), pointer<float>(out), n, n_threads);
+      },
+      py::arg("input"), py::arg("out"), py::arg("n"), py::arg("n_threads"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "threshold_pairs",
+      [](std::uintptr_t density, std::uintptr_t solvent, std::uintptr_t protein, std::int64_t n_pairs,
+         std::int64_t n_voxels, std::int64_t step, int n_threads) {
+        xtalfast::threshold_pairs(pointer<float>(density), pointer<float>(solvent), pointer<std::uint8_t>(protein),
+                                  n_pairs, n_voxels, step, n_threads);
+      },
+      py::arg("density"), py::arg("solvent"), py::arg("protein"), py::arg("n_pairs"), py::arg("n_voxels"),
+      py::arg("step"), py::arg("n_threads"), py::call_guard<py::gil_scoped_release>());
 
   m.def("find_impossible_cell", [](std::uintptr_t cells, std::int64_t n) {
     return xtalfast::find_impossible_cell(pointer<const double>(cells), n);

@@ -73,7 +73,7 @@ def test_space_group_with_symmetry(make_crystal):
 
 def test_molecule_in_the_middle_of_the_cell(make_crystal):
     crystal = make_crystal(2, n_atoms=40, solvent=0.78, d_min=2.5)
-    found = solve(abs(crystal.F), crystal.hkl, crystal.cell, starts=12, max_seconds=600)
+    found = solve(abs(crystal.F), crystal.hkl, crystal.cell, starts=32, max_seconds=600)
     assert found.solved
     middle = np.mean(crystal.coords, axis=0)
     matched = match(crystal.F, found.F, crystal.hkl, crystal.cell)

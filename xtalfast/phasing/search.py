@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from xtalfast.phasing.mask import protein_mask
-from xtalfast.phasing.projections import Amplitudes, flatten_solvent
+from xtalfast.phasing import paired
+from xtalfast.phasing.paired import PairedAmplitudes
+from xtalfast.phasing.projections import Amplitudes
 from xtalfast.phasing.updates import UPDATES
 
 Clock = Callable[[], float]
@@ -26,26 +27,32 @@ class SearchOptions:
         beta: its relaxation; None for the usual one.
         solvent: fractions of the cell that trials take as solvent, one after the other.
         radius: of the local density, A.
-        iterations: of a trial.
+        iterations, short_trials, later_iterations: the first trials are short and find what is easy, at moderate
+            resolution; the later ones are longer and, when there are data, go further.
         batch: trials that run together.
         check_every: iterations between two looks at R.
         mask_every: iterations between two masks.
         polish: cycles of solvent flipping and flattening after a trial.
         r_promising: a trial whose R falls below this fraction of the R of random phases is polished at once.
-        r_free_solved: a polished map whose R_free is below is called solved.
+        r_free_solved, r_solved: a polished map is called solved when its R_free is below the one, and its R below the
+            other times the R of trials that have not converged. R_free alone rests on a hundred reflections in small
+            cells, and thousands of trials look at them.
     """
 
     method: str = "hio"
     beta: float | None = None
-    solvent: tuple[float, ...] = (0.60, 0.65, 0.70, 0.75)
+    solvent: tuple[float, ...] = (0.65, 0.60, 0.70, 0.75, 0.65, 0.60, 0.55, 0.65)
     radius: float = 3.0
     iterations: int = 300
-    batch: int = 4
+    short_trials: int = 64
+    later_iterations: int = 800
+    batch: int = 8
     check_every: int = 50
     mask_every: int = 8
     polish: int = 20
     r_promising: float = 0.7
     r_free_solved: float = 0.28
+    r_solved: float = 0.8
 
 
 @dataclass
@@ -86,25 +93,35 @@ def random_maps(amplitudes: Amplitudes, n: int, generator: torch.Generator) -> T
     return amplitudes.grid.to_map(torch.where(amplitudes.bound, amplitudes.impose(spectrum), 0))
 
 
-def polish(amplitudes: Amplitudes, maps: Tensor, solvent: Tensor, options: SearchOptions) -> list[Trial]:
+def polish(
+    amplitudes: Amplitudes,
+    maps: Tensor,
+    solvent: Tensor,
+    options: SearchOptions,
+) -> list[Trial]:
     """Solvent flipping, then flattening until nothing moves; the trials with their R and R_free."""
+    data = PairedAmplitudes(amplitudes, options.radius)
+    n = len(maps)
+    if n % 2:
+        maps, solvent = torch.cat([maps, maps[-1:]]), torch.cat([solvent, solvent[-1:]])
+    pairs = paired.join(maps)
     for cycle in range(options.polish):
-        protein = protein_mask(maps, amplitudes.grid, solvent, options.radius)
+        protein = data.protein_mask(pairs, solvent)
         flip = 0.5 if cycle < options.polish // 2 else 0.0
-        maps = amplitudes.project(flatten_solvent(maps, protein, flip))
-    protein = protein_mask(maps, amplitudes.grid, solvent, options.radius)
-    flat = flatten_solvent(maps, protein)
-    r, r_free = amplitudes.r_factors(flat)
+        pairs = data.project(paired.flatten_(pairs, protein, flip))
+    protein = data.protein_mask(pairs, solvent)
+    maps, inside = paired.split(pairs), paired.split(protein)
+    r, r_free = amplitudes.r_factors(paired.split(paired.flatten_(pairs, protein)))
     return [
         Trial(
             maps[i],
-            protein[i],
+            inside[i],
             float(r[i]),
             float(r_free[i]),
             float(solvent[i]),
-            float(r_free[i]) < options.r_free_solved,
+            bool(r_free[i] < options.r_free_solved and r[i] < options.r_solved * reference_r(solvent[i])),
         )
-        for i in range(len(maps))
+        for i in range(n)
     ]
 
 
@@ -129,8 +146,10 @@ def search(
         seed: of the random phases. With `starts` and enough time the result depends on nothing else.
         progress: called as progress("starts", done, total).
     """
-    grid = amplitudes.grid
+    data = PairedAmplitudes(amplitudes, options.radius)
     update, usual_beta = UPDATES[options.method]
+    if options.method == "hio":
+        update = paired.hio_
     beta = usual_beta if options.beta is None else options.beta
     generator = torch.Generator().manual_seed(seed)
     begin = clock()
@@ -150,32 +169,32 @@ def search(
     while (best is None or not best.solved) and not out_of_time() and (starts is None or n_starts < starts):
         n = options.batch if starts is None else min(options.batch, starts - n_starts)
         fractions = [options.solvent[(n_starts + i) % len(options.solvent)] for i in range(n)]
-        solvent = torch.tensor(fractions)
-        maps = random_maps(amplitudes, n, generator)
-        r_random: Tensor | None = None
+        # An odd trial gets a companion that is not looked at.
+        solvent = torch.tensor(fractions + fractions[-1:] * (n % 2))
+        pairs = paired.join(random_maps(amplitudes, len(solvent), generator))
         tried = torch.zeros(n, dtype=torch.bool)
         for iteration in range(options.iterations):
-            projected = amplitudes.project(maps)
+            projected = data.project(pairs)
             if iteration % options.mask_every == 0:
-                protein = protein_mask(projected, grid, solvent, options.radius)
-            looks = (iteration + 1) % options.check_every == 0
-            if looks:
-                r = amplitudes.r_factors(flatten_solvent(projected, protein))[0].cpu()
-                r_random = r if r_random is None else torch.maximum(r_random, r)
+                protein = data.protein_mask(projected, solvent)
+            if (iteration + 1) % options.check_every == 0:
+                maps = paired.split(projected)[:n]
+                flat = paired.split(paired.flatten_(projected.clone(), protein))[:n]
+                r = amplitudes.r_factors(flat)[0].cpu()
                 elapsed = clock() - begin
                 history += [(elapsed, n_starts + i, iteration + 1, fractions[i], float(r[i])) for i in range(n)]
                 # R falls with the fraction taken as protein, so a trial is held against trials of its own kind.
-                promising = torch.nonzero((r < options.r_promising * reference_r(solvent)) & ~tried)[:, 0]
+                promising = torch.nonzero((r < options.r_promising * reference_r(solvent[:n])) & ~tried)[:, 0]
                 if len(promising):
                     tried[promising] = True
-                    consider(polish(amplitudes, projected[promising], solvent[promising], options))
+                    consider(polish(amplitudes, maps[promising], solvent[promising], options))
                 if (best is not None and best.solved) or out_of_time():
                     break
-            maps = update(maps, projected, protein, amplitudes, beta)
+            pairs = update(pairs, projected, protein, data, beta)
         iterations += n * (iteration + 1)
         n_starts += n
         if best is None or not best.solved:
-            consider(polish(amplitudes, amplitudes.project(maps), solvent, options))
+            consider(polish(amplitudes, paired.split(data.project(pairs))[:n], solvent[:n], options))
         if progress is not None:
             progress("starts", n_starts, n_starts if starts is None else starts)
     assert best is not None  # the loop runs at least once

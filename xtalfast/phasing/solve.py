@@ -31,8 +31,9 @@ from xtalfast.phasing.updates import UPDATES
 
 logger = logging.getLogger(__name__)
 
-# Trials cost less and find the molecule more often at moderate resolution: the envelope is what they search for.
-SEARCH_D_MIN = 2.0
+# Trials cost less at moderate resolution, where the envelope is what they search for; the hard cases, with little
+# solvent, need more data. Fewer still (2.5 A) find less.
+SEARCH_D_MIN, LATER_D_MIN = 2.0, 1.75
 # Below two samples per d_min the sphere of reflections does not fit on the grid.
 SEARCH_RATE, FULL_RATE = 2.0, 2.5
 HELD_OUT = 0.05
@@ -183,9 +184,11 @@ def solve(
         weak = data.F < sigmas[data.rows]
 
     begin = clock()
-    coarse_d = max(data.d_min, SEARCH_D_MIN)
-    coarse = data.amplitudes(data.grid(coarse_d, SEARCH_RATE, device), held_out, weak)
-    fine = data.amplitudes(data.grid(data.d_min, FULL_RATE, device), held_out, weak)
+    coarse, later = (
+        data.amplitudes(data.grid(max(data.d_min, d), SEARCH_RATE, device, paired=True), held_out, weak)
+        for d in (SEARCH_D_MIN, LATER_D_MIN)
+    )
+    fine = data.amplitudes(data.grid(data.d_min, FULL_RATE, device, paired=True), held_out, weak)
     found: SearchResult | None = None
     best: Trial | None = None
     n_starts = iterations = attempt = 0
@@ -195,10 +198,13 @@ def solve(
         remaining = None if starts is None else starts - n_starts
         if found is not None and (left <= 0 or (remaining is not None and remaining <= 0)):
             break
+        first = found is None
+        amplitudes = coarse if first else later
+        short = chosen.short_trials if remaining is None else min(chosen.short_trials, remaining)
         found = search(
-            coarse,
-            chosen,
-            starts=remaining,
+            amplitudes,
+            chosen if first else replace(chosen, iterations=chosen.later_iterations),
+            starts=short if first else remaining,
             max_seconds=left,
             seed=seed + attempt,
             clock=clock,
@@ -208,7 +214,7 @@ def solve(
         n_starts += found.n_starts
         iterations += found.iterations
         attempt += 1
-        extended = extend(found.best, coarse.grid, fine, data, chosen)
+        extended = extend(found.best, amplitudes.grid, fine, data, chosen)
         if best is None or extended.r_free < best.r_free:
             best = extended
     assert best is not None

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from xtalfast.phasing.projections import Amplitudes, flatten_solvent
-
-Update = Callable[[Tensor, Tensor, Tensor, Amplitudes, float], Tensor]
+from xtalfast.phasing.projections import flatten_solvent
 
 
-def raar(maps: Tensor, projected: Tensor, protein: Tensor, amplitudes: Amplitudes, beta: float) -> Tensor:
+class Projector(Protocol):
+    """Imposes measured amplitudes on maps: `Amplitudes` on single ones, `PairedAmplitudes` on pairs."""
+
+    def project(self, maps: Tensor, /) -> Tensor:
+        """The nearest maps with these amplitudes."""
+
+
+Update = Callable[[Tensor, Tensor, Tensor, Projector, float], Tensor]
+
+
+def raar(maps: Tensor, projected: Tensor, protein: Tensor, amplitudes: Projector, beta: float) -> Tensor:
     """Relaxed averaged alternating reflections. Ref: Luke (2005) Inverse Problems 21, 37."""
     reflected = 2 * projected - maps
     flat = flatten_solvent(reflected, protein)
@@ -20,12 +29,12 @@ def raar(maps: Tensor, projected: Tensor, protein: Tensor, amplitudes: Amplitude
     return beta * (flat + maps) + (1 - 2 * beta) * projected
 
 
-def hio(maps: Tensor, projected: Tensor, protein: Tensor, amplitudes: Amplitudes, beta: float) -> Tensor:
+def hio(maps: Tensor, projected: Tensor, protein: Tensor, amplitudes: Projector, beta: float) -> Tensor:
     """Hybrid input-output. Ref: Fienup (1982) Appl. Opt. 21, 2758."""
     return torch.where(protein & (projected > 0), projected, maps - beta * projected)
 
 
-def difference_map(maps: Tensor, projected: Tensor, protein: Tensor, amplitudes: Amplitudes, beta: float) -> Tensor:
+def difference_map(maps: Tensor, projected: Tensor, protein: Tensor, amplitudes: Projector, beta: float) -> Tensor:
     """Difference map, gamma = 1/beta (data), -1/beta (density). Ref: Elser (2003) J. Opt. Soc. Am. A 20, 40."""
     flat = flatten_solvent(maps, protein)
     towards_data = projected + (projected - maps) / beta
@@ -33,13 +42,13 @@ def difference_map(maps: Tensor, projected: Tensor, protein: Tensor, amplitudes:
     return maps + beta * (flatten_solvent(towards_data, protein) - amplitudes.project(towards_flat))
 
 
-def charge_flipping(maps: Tensor, projected: Tensor, protein: Tensor, amplitudes: Amplitudes, beta: float) -> Tensor:
+def charge_flipping(maps: Tensor, projected: Tensor, protein: Tensor, amplitudes: Projector, beta: float) -> Tensor:
     """Density below `beta` standard deviations changes its sign. Ref: Oszlanyi & Suto (2004) Acta Cryst. A60, 134."""
     threshold = beta * projected.std((1, 2, 3), keepdim=True)
     return torch.where(projected > threshold, projected, -projected)
 
 
-def solvent_flipping(maps: Tensor, projected: Tensor, protein: Tensor, amplitudes: Amplitudes, beta: float) -> Tensor:
+def solvent_flipping(maps: Tensor, projected: Tensor, protein: Tensor, amplitudes: Projector, beta: float) -> Tensor:
     """Positive protein, solvent turned over by the factor `beta`. Ref: Abrahams & Leslie (1996) Acta Cryst. D52, 30."""
     return flatten_solvent(projected, protein, flip=beta)
 
