@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 
 import gemmi
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+
+from xtalfast.density.cells import tight_cell
+from xtalfast.density.conformers import RESIDUES
 
 
 @dataclass
@@ -73,5 +78,35 @@ def make_crystal() -> Callable[..., Crystal]:
         crystal = Crystal(unit_cell, group, hkl, np.zeros(len(hkl), complex), fractional)
         crystal.F = crystal.structure_factors(hkl)
         return crystal
+
+    return make
+
+
+@pytest.fixture
+def make_fragment() -> Callable[..., Crystal]:
+    """`make_fragment(seed, d_min)`: 15 residues of a random sequence and fold in a tight P1 cell, B = 20."""
+    spec = spec_from_file_location("peptides", Path(__file__).parents[1] / "density" / "conftest.py")
+    assert spec is not None and spec.loader is not None
+    peptides = module_from_spec(spec)
+    spec.loader.exec_module(peptides)
+    folds = ((-57, -47), (-120, 130), (-75, 145), (-65, -40), (-49, -26))
+    letters = "".join(gemmi.find_tabulated_residue(name).one_letter_code.upper() for name in RESIDUES)
+
+    def make(seed: int, d_min: float = 2.0) -> Crystal:
+        rng = np.random.default_rng(seed)
+        residues = peptides.peptide("".join(rng.choice(list(letters), 15)), *folds[seed % len(folds)])
+        coords = np.concatenate([part[2] for part in residues])
+        elements = [gemmi.Element(name[0]) for part in residues for name in part[1]]
+        placed = tight_cell(coords, np.array([e.weight for e in elements]), rng.choice([90.0, 100.0, 110.0], 3))
+        cell = gemmi.UnitCell(*placed.cell)
+        group = gemmi.SpaceGroup("P 1")
+        hkl = np.array(gemmi.make_miller_array(cell, group, d_min), np.int64)
+        s2 = cell.calculate_1_d2_array(hkl.astype(np.int32))
+        fractional = placed.coords @ np.array(cell.frac.mat.tolist()).T
+        F = np.zeros(len(hkl), complex)
+        for element, position in zip(elements, fractional):
+            form_factor = np.array([element.it92.calculate_sf(s / 4) for s in s2])
+            F += form_factor * np.exp(2j * np.pi * (hkl @ position))
+        return Crystal(cell, group, hkl, F * np.exp(-20.0 / 4 * s2), fractional)
 
     return make

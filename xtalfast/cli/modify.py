@@ -26,13 +26,25 @@ def modify(
     solvent: Annotated[
         float | None, typer.Option(metavar="FRACTION", help="Of the cell. [chosen by held-out amplitudes]")
     ] = None,
-    cycles: Annotated[int, typer.Option(metavar="N", help="Cycles.")] = 60,
-    flip: Annotated[float, typer.Option(metavar="X", help="Solvent is multiplied by -X in the first half.")] = 0.5,
+    scheme: Annotated[
+        str | None,
+        typer.Option(
+            metavar="imposed|weighted|both",
+            help="Full amplitudes and empty solvent, weighted phases and level solvent, or one after the other."
+            " [chosen by held-out amplitudes]",
+        ),
+    ] = None,
+    cycles: Annotated[int, typer.Option(metavar="N", help="Cycles with full amplitudes.")] = 60,
+    flip: Annotated[
+        float, typer.Option(metavar="X", help="Solvent is multiplied by -X in the first half of these.")
+    ] = 0.5,
     histogram: Annotated[float, typer.Option(metavar="W", help="Weight of histogram matching, 0 to 1.")] = 0.5,
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Improve phases by flat solvent, positive protein and the histogram of protein density.
+
+    Figures of merit in the phase file say how far the starting phases are to be trusted (0.5 without).
 
     Writes modified.mtz (FWT PHWT FOM), map.ccp4 and modify.json into DIR.
 
@@ -55,11 +67,11 @@ def modify(
             d_min,
             fom=start.fom,
             solvent=solvent,
-            options=ModifyOptions(cycles=cycles, flip=flip, histogram=histogram),
+            options=ModifyOptions(scheme=scheme, cycles=cycles, flip=flip, histogram=histogram),
         )
     files = write_modified(output, modified, read)
     typer.echo(
-        f"R {modified.r:.3f}, mean FOM {modified.fom.mean():.3f}, solvent {modified.solvent:.2f},"
+        f"{modified.scheme}: R {modified.r:.3f}, mean FOM {modified.fom.mean():.3f}, solvent {modified.solvent:.2f},"
         f" phases moved by {modified.change:.1f} degrees"
     )
     typer.echo(f"wrote {', '.join(map(str, files))}")

@@ -45,8 +45,10 @@ class Measured:
         """Grid sizes that are multiples of this are mapped onto themselves by the symmetry."""
         return 12 if len(operations(self.space_group)) > 1 else 1
 
-    def grid(self, d_min: float, rate: float, device: torch.device | str = "cpu", *, paired: bool = False) -> FourierGrid:
-        """The grid for reflections down to d_min (A) with spacing <= d_min / rate; `paired` for trials in pairs."""
+    def grid(
+        self, d_min: float, rate: float, device: torch.device | str = "cpu", *, paired: bool = False
+    ) -> FourierGrid:
+        """The grid for reflections to d_min (A) with spacing <= d_min / rate; `paired` for trials in pairs."""
         return FourierGrid.for_resolution(
             self.cell, d_min, rate=rate, multiple_of=self.multiple_of, paired=paired, device=device
         )

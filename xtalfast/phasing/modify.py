@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import gemmi
 import numpy as np
@@ -14,17 +14,21 @@ from torch import Tensor
 from xtalfast.errors import InputError
 from xtalfast.phasing.data import Measured, measured, sim_weights
 from xtalfast.phasing.fourier import FourierGrid
+from xtalfast.phasing.histogram import match_histogram, reference_quantiles
 from xtalfast.phasing.mask import protein_mask
 from xtalfast.phasing.projections import Amplitudes, flatten_solvent
 from xtalfast.phasing.symmetry import expand_to_p1
+from xtalfast.phasing.weights import concentration, figure_of_merit, phase_concentration, shell_numbers
 
 logger = logging.getLogger(__name__)
 
 MODIFY_RATE = 2.5
 HELD_OUT = 0.05
-SOLVENT_TRIALS = (0.45, 0.55, 0.65, 0.75)
+SOLVENT_TRIALS = (0.40, 0.50, 0.60, 0.70, 0.80)
 TRIAL_CYCLES = 10
-N_QUANTILES = 64
+# Between the R_free of fragments that are right (0.25 at most) and of those that are not (0.39 at least).
+R_FREE_TRUSTED = 0.3
+SCHEMES = ("imposed", "weighted", "both")
 
 
 @dataclass(frozen=True)
@@ -32,18 +36,28 @@ class ModifyOptions:
     """What is done to the density in every cycle.
 
     Attributes:
-        cycles: of modification and recombination.
-        radius: of the local density that the mask is drawn from, A.
-        flip: the solvent is multiplied by -flip in the first half of the cycles, and by 0 in the second.
-        histogram: match the protein's density to `reference_quantiles` in every cycle, by this weight (0 for none).
-        recombine: weight of the starting phases (by their figures of merit) in the new ones.
+        scheme: "imposed", "weighted", "both" (the first after the second), or None: what held-out amplitudes
+            speak for. "imposed" takes full amplitudes and empty solvent, and leads to nearly perfect phases where
+            that is true and there is much of it; "weighted" takes amplitudes times figure of merit, solvent at its
+            mean level, and combines new phases with the starting ones.
+        cycles, weighted_cycles: of the two schemes.
+        radius: of the local density that the mask is drawn from, A; in the weighted scheme at the end.
+        first_radius: of the weighted scheme at the start, A: an envelope of poor phases must be smoother.
+        flip: imposed: the solvent is multiplied by -flip in the first half of the cycles, and by 0 in the second.
+        histogram: imposed: match the protein's density to `reference_quantiles` in every cycle, by this weight.
+        trust: weighted: part of what a cycle claims to know that is taken as independent of the cycles before it.
+        default_fom: of starting phases that come without figures of merit, in the weighted scheme.
     """
 
+    scheme: str | None = None
     cycles: int = 60
+    weighted_cycles: int = 30
     radius: float = 3.0
+    first_radius: float = 6.0
     flip: float = 0.5
     histogram: float = 0.5
-    recombine: float = 0.0
+    trust: float = 0.7
+    default_fom: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -57,6 +71,7 @@ class Modified:
         rows: where the reflections stand in the arrays given, [N].
         r: R between the amplitudes of the last modified density and the measured ones.
         solvent: fraction of the cell taken as solvent.
+        scheme: which of `SCHEMES` was used.
         cell, space_group, d_min: of the data used.
         change: mean |change of phase| from the start, degrees.
     """
@@ -67,6 +82,7 @@ class Modified:
     rows: NDArray[np.int64]
     r: float
     solvent: float
+    scheme: str
     cell: gemmi.UnitCell
     space_group: gemmi.SpaceGroup
     d_min: float
@@ -79,28 +95,22 @@ def modify_spectrum(
     solvent: Tensor,
     options: ModifyOptions,
     *,
-    fom: Tensor | None = None,
     quantiles: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The cycles themselves: batched, on any device, differentiable in the spectrum (the mask is held constant).
+    """Cycles that impose full amplitudes: batched, on any device, differentiable (the mask is held constant).
 
     Args:
         spectrum: starting map coefficients [B, X, Y, Z // 2 + 1], conj(F) / V.
         amplitudes: the measured ones.
         solvent: fraction of the cell, [B].
         options: of the cycles.
-        fom: how far the starting phases are trusted in the recombination, [X, Y, Z // 2 + 1]; 1 if not given.
         quantiles: of protein density in units of its standard deviation [Q], for histogram matching.
 
     Returns:
         the final spectrum with measured amplitudes, and the spectrum of the last modified map; both like `spectrum`.
     """
     grid = amplitudes.grid
-    start = amplitudes.impose(spectrum)
-    if fom is not None:
-        start = start * fom
-    current = start
-    modified = start
+    current = modified = amplitudes.impose(spectrum)
     for cycle in range(options.cycles):
         maps = grid.to_map(current)
         protein = protein_mask(maps.detach(), grid, solvent, options.radius)
@@ -111,64 +121,119 @@ def modify_spectrum(
             flat = torch.where(protein, (1 - options.histogram) * flat + options.histogram * matched, flat)
         modified = grid.to_spectrum(flat)
         current = amplitudes.impose(modified)
-        if options.recombine > 0:
-            current = amplitudes.impose(current + options.recombine * start)
     return current, modified
 
 
-def match_histogram(maps: Tensor, protein: Tensor, quantiles: Tensor) -> Tensor:
-    """Give the density inside the mask the distribution `quantiles` [Q] (at (i + 1/2) / Q), keeping its rms.
+def modify_weighted(
+    spectrum: Tensor,
+    amplitudes: Amplitudes,
+    solvent: Tensor,
+    options: ModifyOptions,
+    *,
+    fom: Tensor,
+    centric: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cycles that weight every phase by its figure of merit and never forget the starting ones; otherwise the same.
 
-    Ref: Zhang & Main (1990) Acta Cryst. A46, 41.
+    Solvent is set to its mean level, protein below that level raised to it, and what the new map inherits from the old
+    one (gamma times it) is taken out, so that the rest is independent of the starting phases and can be combined with
+    them.
+
+    Args:
+        spectrum: starting phases [B, X, Y, Z // 2 + 1]; only phases count.
+        amplitudes, solvent, options: as for `modify_spectrum`.
+        fom: figures of merit of the starting phases, [X, Y, Z // 2 + 1].
+        centric: bool [X, Y, Z // 2 + 1].
+
+    Returns:
+        the final spectrum (measured amplitudes), the last independent spectrum, and figures of merit [B, ...].
+
+    Ref: Abrahams (1997) Acta Cryst. D53, 371 (gamma correction); Read (1986) Acta Cryst. A42, 140.
     """
-    result = maps
-    for i, (density, inside) in enumerate(zip(maps, protein)):
-        values = density[inside]
-        ranks = values.detach().argsort().argsort().to(values.dtype)
-        position = ((ranks + 0.5) / max(len(values), 1) * len(quantiles) - 0.5).clamp(0, len(quantiles) - 1)
-        low = position.floor().long().clamp(max=len(quantiles) - 2)
-        target = torch.lerp(quantiles[low], quantiles[low + 1], position - low)
-        # Straight-through: the value of the target, the gradient of the density.
-        scaled = target * (values.detach().square().mean().sqrt() / target.square().mean().sqrt())
-        replaced = density.masked_scatter(inside, values + (scaled - values).detach())
-        result = torch.cat([result[:i], replaced[None], result[i + 1 :]])
-    return result
+    grid = amplitudes.grid
+    weights = grid.weights * amplitudes.bound
+    shells = shell_numbers(grid.s2, amplitudes.bound)
+    start = _phases(spectrum) * concentration(fom, centric)
+    combined, merit = start, fom.expand_as(spectrum.real)
+    independent = spectrum
+    for cycle in range(options.weighted_cycles):
+        maps = grid.to_map(_phases(combined) * (merit * amplitudes.values))
+        share = cycle / max(options.weighted_cycles - 1, 1)
+        radius = options.first_radius + share * (options.radius - options.first_radius)
+        protein = protein_mask(maps.detach(), grid, solvent, radius)
+        level = ((maps * ~protein).sum((1, 2, 3)) / (~protein).sum((1, 2, 3)).clamp_min(1)).view(-1, 1, 1, 1)
+        passed = protein & (maps > level)
+        gamma = passed.to(maps.dtype).mean((1, 2, 3)).view(-1, 1, 1, 1)
+        independent = grid.to_spectrum((torch.where(passed, maps, level) - gamma * maps) / (1 - gamma))
+        calculated = independent.real.square().add(independent.imag.square()).clamp_min(1e-30).sqrt()
+        worth = options.trust * phase_concentration(amplitudes.values, calculated, weights, shells, centric)
+        combined = start + _phases(independent) * worth
+        merit = figure_of_merit(combined.abs(), centric) * amplitudes.bound
+    return _phases(combined) * amplitudes.values, independent, merit
 
 
-def reference_quantiles(d_min: float, b_iso: float = 20.0) -> Tensor:
-    """Quantiles [N_QUANTILES] of protein density at d_min (A): the 20 residues, each in a cell half full."""
-    from xtalfast.density.conformers import conformers
-
-    samples = []
-    for residue in conformers():
-        extent = np.ptp(residue.coords, axis=0) + 4.0
-        a, b, c = extent.tolist()
-        cell = gemmi.UnitCell(a, b, c, 90, 90, 90)
-        grid = FourierGrid.for_resolution(cell, d_min, rate=MODIFY_RATE)
-        hkl = np.array(gemmi.make_miller_array(cell, gemmi.SpaceGroup("P 1"), d_min))
-        s2 = torch.from_numpy(1 / cell.calculate_d_array(hkl) ** 2)
-        phase = 2 * np.pi * torch.from_numpy(hkl @ (residue.coords / extent).T)
-        electrons = torch.from_numpy(residue.element.astype(np.float64))
-        # Point atoms with a Gaussian fall-off: the shape of the distribution is all that is used. 8 A^2 for the atom.
-        F = (torch.exp(1j * phase) @ electrons.to(torch.complex128)) * torch.exp(-(b_iso + 8.0) / 4 * s2)
-        maps = grid.to_map(grid.scatter(hkl, F.to(torch.complex64))[0])[None]
-        inside = protein_mask(maps, grid, torch.tensor([0.5]), ModifyOptions().radius)
-        values = maps[inside].clamp_min(0)
-        samples.append(values / values.square().mean().sqrt())
-    values = torch.cat(samples)
-    at = (torch.arange(N_QUANTILES) + 0.5) / N_QUANTILES
-    return torch.quantile(values, at)
+def _phases(spectrum: Tensor) -> Tensor:
+    """The same with all moduli 1 (0 where there is nothing)."""
+    squared = spectrum.real.square() + spectrum.imag.square()
+    return spectrum * squared.clamp_min(1e-30).rsqrt()
 
 
-def estimate_solvent(spectrum: Tensor, amplitudes: Amplitudes, options: ModifyOptions) -> float:
-    """The solvent fraction after which held-out amplitudes are predicted best, out of SOLVENT_TRIALS and midway."""
-    short = ModifyOptions(cycles=TRIAL_CYCLES, radius=options.radius, flip=options.flip)
-    fractions = torch.tensor(SOLVENT_TRIALS)
-    spectra = torch.where(amplitudes.bound, spectrum, 0).expand(len(fractions), *spectrum.shape)
-    with torch.no_grad():
-        _, modified = modify_spectrum(spectra, amplitudes, fractions, short)
-    _, r_free = amplitudes.r_factors(amplitudes.grid.to_map(modified))
-    return float(fractions[int(r_free.argmin())])
+@dataclass(frozen=True)
+class _Start:
+    """Starting phases on a grid: spectrum, figures of merit, centric reflections, quantiles of protein density."""
+
+    spectrum: Tensor
+    fom: Tensor
+    centric: Tensor
+    quantiles: Tensor | None
+
+
+def _run(
+    scheme: str, start: _Start, amplitudes: Amplitudes, fractions: Tensor, options: ModifyOptions
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Final and modified spectra [B, ...] of a scheme with B solvent fractions; its own figures of merit, if any."""
+    spectra = torch.where(amplitudes.bound, start.spectrum, 0).expand(len(fractions), *start.spectrum.shape)
+    merit = None
+    if scheme != "imposed":
+        fom = start.fom * amplitudes.bound
+        final, modified, merit = modify_weighted(
+            spectra, amplitudes, fractions, options, fom=fom, centric=start.centric
+        )
+        if scheme == "weighted":
+            return final, modified, merit
+        spectra = torch.where(amplitudes.bound, final, 0)
+    return *modify_spectrum(spectra, amplitudes, fractions, options, quantiles=start.quantiles), None
+
+
+def choose(
+    start: _Start, amplitudes: Amplitudes, options: ModifyOptions, solvent: float | None
+) -> tuple[str, float, float]:
+    """The scheme and solvent fraction after which held-out amplitudes are predicted best, and their R_free.
+
+    Full amplitudes are imposed only if that ends in a low R_free: wrong phases look better under it than they are.
+
+    Args:
+        start: what to start from.
+        amplitudes: with some held out.
+        options: of the cycles; its scheme, if not None, is the only one tried.
+        solvent: the only fraction tried, if not None.
+    """
+    schemes = SCHEMES if options.scheme is None else (options.scheme,)
+    fractions = {scheme: solvent for scheme in schemes}
+
+    def predicted(scheme: str, fraction: float, cycles: ModifyOptions) -> float:
+        _, modified, _ = _run(scheme, start, amplitudes, torch.tensor([fraction]), cycles)
+        return float(amplitudes.r_factors(amplitudes.grid.to_map(modified))[1])
+
+    if solvent is None:
+        short = replace(options, cycles=TRIAL_CYCLES, weighted_cycles=TRIAL_CYCLES)
+        for scheme in schemes:
+            fractions[scheme] = min((predicted(scheme, trial, short), trial) for trial in SOLVENT_TRIALS)[1]
+    results = [(predicted(s, f, options), s, f) for s, f in fractions.items() if f is not None]
+    trusted = [result for result in results if result[0] < R_FREE_TRUSTED]
+    weighted = [result for result in results if result[1] == "weighted"]
+    r_free, scheme, fraction = min(trusted or weighted or results)
+    return scheme, fraction, r_free
 
 
 def density_modify(
@@ -213,39 +278,47 @@ def density_modify(
         raise InputError(f"phases must be [{len(np.asarray(F))}] and finite, in degrees, got {list(angles.shape)}")
     if solvent is not None and not 0.05 <= solvent <= 0.97:
         raise InputError(f"solvent must be a fraction of the cell between 0.05 and 0.97, got {solvent}")
-    merits = np.ones(len(data.F)) if fom is None else np.asarray(fom, np.float64)[data.rows]
-    start = data.F * np.exp(1j * np.radians(angles[data.rows]))
+    if chosen.scheme is not None and chosen.scheme not in SCHEMES:
+        raise InputError(f"scheme must be one of {', '.join(SCHEMES)}, got {chosen.scheme!r}")
+    merits = np.full(len(data.F), chosen.default_fom) if fom is None else np.asarray(fom, np.float64)[data.rows]
+    phases_given = data.F * np.exp(1j * np.radians(angles[data.rows]))
     grid = data.grid(data.d_min, MODIFY_RATE, device)
-    spectrum, _ = _on_grid(data, grid, start)
-    if solvent is None:
-        solvent = estimate_solvent(spectrum, data.amplitudes(grid, data.hold_out(HELD_OUT, 0)), chosen)
-    amplitudes = data.amplitudes(grid)
-    weight, _ = _on_grid(data, grid, merits)
-    quantiles = reference_quantiles(data.d_min).to(device) if chosen.histogram > 0 else None
+    centric = data.space_group.operations().centric_flag_array(np.ascontiguousarray(data.hkl, np.int32))
+    start = _Start(
+        _on_grid(data, grid, phases_given),
+        _on_grid(data, grid, merits).real * data.cell.volume,
+        _on_grid(data, grid, np.asarray(centric, np.float64)).real > 0,
+        reference_quantiles(data.d_min).to(device) if chosen.histogram > 0 else None,
+    )
     with torch.no_grad():
-        final, flat = modify_spectrum(
-            spectrum[None],
-            amplitudes,
-            torch.tensor([solvent]),
-            chosen,
-            fom=weight.real * data.cell.volume,
-            quantiles=quantiles,
-        )
+        scheme, fraction, r_free = choose(start, data.amplitudes(grid, data.hold_out(HELD_OUT, 0)), chosen, solvent)
+        amplitudes = data.amplitudes(grid)
+        final, flat, merit = _run(scheme, start, amplitudes, torch.tensor([fraction]), chosen)
     r, _ = amplitudes.r_factors(grid.to_map(flat))
     found, model = (grid.gather(s[0], data.hkl).cpu().numpy().astype(np.complex128) for s in (final, flat))
     new = data.F * np.exp(1j * np.angle(found))
     d = np.asarray(data.cell.calculate_d_array(np.ascontiguousarray(data.hkl, np.int32)))
-    change = float(np.degrees(abs(np.angle(new * start.conj()))).mean())
+    change = float(np.degrees(abs(np.angle(new * phases_given.conj()))).mean())
     logger.info(
-        "density modification: solvent %.2f, R %.3f, phases moved by %.1f degrees", solvent, float(r[0]), change
+        "density modification: %s, solvent %.2f, R %.3f, R_free of the choice %.3f, phases moved by %.1f degrees",
+        scheme,
+        fraction,
+        float(r[0]),
+        r_free,
+        change,
     )
+    if merit is None:
+        weights = sim_weights(data.F, abs(model), d)
+    else:
+        weights = grid.gather(merit[0].to(torch.complex64), data.hkl).real.cpu().numpy() / data.cell.volume
     return Modified(
         hkl=data.hkl,
         F=new,
-        fom=sim_weights(data.F, abs(model), d),
+        fom=weights,
         rows=data.rows,
         r=float(r[0]),
-        solvent=solvent,
+        solvent=fraction,
+        scheme=scheme,
         cell=data.cell,
         space_group=data.space_group,
         d_min=data.d_min,
@@ -253,7 +326,7 @@ def density_modify(
     )
 
 
-def _on_grid(data: Measured, grid: FourierGrid, values: NDArray) -> tuple[Tensor, Tensor]:
+def _on_grid(data: Measured, grid: FourierGrid, values: NDArray) -> Tensor:
     """Structure factors [N] of the asymmetric unit, expanded to P1, on the half spectrum."""
     hkl, expanded, _ = expand_to_p1(data.hkl, values, data.space_group)
-    return grid.scatter(hkl, torch.from_numpy(expanded).to(torch.complex64))
+    return grid.scatter(hkl, torch.from_numpy(expanded).to(torch.complex64))[0]

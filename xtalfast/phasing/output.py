@@ -83,6 +83,7 @@ def write_modified(directory: str | os.PathLike, modified: Modified, data: Refle
     )
     facts = {
         "R": modified.r,
+        "scheme": modified.scheme,
         "solvent": modified.solvent,
         "mean_fom": float(modified.fom.mean()),
         "mean_phase_change": modified.change,
