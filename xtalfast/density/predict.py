@@ -143,7 +143,7 @@ def phase(
     solvent = float(np.clip(solvent_fraction(n_copies * mass_of(residues), data.cell.parameters), 0.05, 0.97))
     projected = Modified(
         hkl=data.hkl, F=data.F * np.exp(1j * np.angle(model)), fom=fom, rows=data.rows,
-        r=float(abs(k * abs(model) - data.F).sum() / data.F.sum()), solvent=solvent, cell=data.cell,
+        r=float(abs(k * abs(model) - data.F).sum() / data.F.sum()), solvent=solvent, scheme="network", cell=data.cell,
         space_group=data.space_group, d_min=data.d_min, change=0.0,
     )  # fmt: skip
     phases = np.zeros(np.shape(F))

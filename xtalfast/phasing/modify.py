@@ -71,7 +71,7 @@ class Modified:
         rows: where the reflections stand in the arrays given, [N].
         r: R between the amplitudes of the last modified density and the measured ones.
         solvent: fraction of the cell taken as solvent.
-        scheme: which of `SCHEMES` was used.
+        scheme: which of `SCHEMES` was used, or what else the phases come from.
         cell, space_group, d_min: of the data used.
         change: mean |change of phase| from the start, degrees.
     """
