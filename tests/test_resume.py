@@ -87,7 +87,10 @@ def test_interrupt_says_how_to_go_on(tiny_run, tmp_path, monkeypatch, capsys):
 
     with monkeypatch.context() as patch:
         patch.setattr(common.ProgressBars, "__call__", interrupt)
+        # A process started in the background is deaf to it.
+        heard = signal.signal(signal.SIGINT, signal.default_int_handler)
         assert main(tiny_run.arguments(tmp_path)) == 130
+        signal.signal(signal.SIGINT, heard)
     assert capsys.readouterr().err == "xtalfast: interrupted; the same command resumes where it stopped\n"
     assert main(tiny_run.arguments(tmp_path)) == 0
     assert outputs(tmp_path) == outputs(tiny_run.directory)

@@ -7,13 +7,19 @@ import torch
 from torch import Tensor
 
 
-@torch.compiler.assume_constant_result
+def _constant_to_compilers(function):
+    """What torch.compiler.assume_constant_result does, without its import of Dynamo, which takes a second."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_constant_to_compilers
 def _rule(nodes: int) -> tuple[list[float], list[float]]:
     points, weights = np.polynomial.legendre.leggauss(nodes)
     return points.tolist(), weights.tolist()
 
 
-@torch.compiler.assume_constant_result
+@_constant_to_compilers
 def _interpolation_rows(coarse: int, fine: int) -> list[list[float]]:
     (x, w), (y, _) = (np.polynomial.legendre.leggauss(n) for n in (coarse, fine))
     barycentric = (-1.0) ** np.arange(coarse) * np.sqrt((1 - x**2) * w)
