@@ -1,12 +1,10 @@
-"""The solver on fragments of known structures: how often, how fast, and when it says so without knowing the truth.
-
-    xtalfast fragments STRUCTURES -o set
-    python bench/phasing_results.py set/test.safetensors -o bench/results/phasing.jsonl
+"""The section `phasing` of the results: how often the solver finds phases, how fast, and what it says itself.
 
 Every fragment sits in its tight P1 cell; amplitudes (B = 20) are all the solver gets: no solvent fraction, 60 s of one
-core. `bench/phasing_fragments.txt` names the 200 fragments (drawn from the test split with seed 0; `--draw` draws them
-again). Rows are appended as they come, and rows that are already there are not computed again. `--table` prints what
-docs/results.md shows.
+core's time. `bench/phasing_fragments.txt` names the 200 fragments, drawn from the test split of the shared structures
+with seed 0 (`python bench/phasing_results.py SET/test.safetensors` draws them again). Rows are appended as they come;
+none is computed twice in a working directory: `python bench/results.py --data DATA --work DIR --only phasing` goes on
+where it stopped.
 """
 
 from __future__ import annotations
@@ -25,6 +23,7 @@ import torch
 
 from xtalfast.density.cells import solvent_fraction
 from xtalfast.density.conformers import mass_of
+from xtalfast.density.fragment_set import make_fragments
 from xtalfast.density.store import Fragment, FragmentStore
 from xtalfast.phasing import density_modify, match, solve
 
@@ -245,43 +244,60 @@ def tables(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Compute the rows that are missing, or print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("set", type=Path, help="fragments, as `xtalfast fragments` wrote them")
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--what", choices=("solve", "sweeps", "modify"), default="solve")
-    parser.add_argument("--draw", action="store_true", help="draw the list of fragments again")
-    parser.add_argument("--table", action="store_true", help="print the tables, compute nothing")
-    arguments = parser.parse_args()
-    if arguments.draw:
-        draw(arguments.set)
-        return
-    rows = [json.loads(line) for line in arguments.output.read_text().splitlines()] if arguments.output.exists() else []
-    if arguments.table:
-        print(tables(rows))
-        return
-    torch.set_num_threads(1)
+JOBS: dict[str, list[tuple[object, float, int]]] = {
+    "solve": [(condition, SECONDS, N_FRAGMENTS) for condition in MAIN],
+    "modify": [(start, 0.0, N_MODIFY) for start in MODIFY],
+    "sweeps": [(condition, SWEEP_SECONDS, N_SWEEP) for condition in SWEEPS],
+}
+
+
+def rows_of(name: str, path: Path, output: Path) -> list[dict]:
+    """The rows of one kind of job; those that are missing in `output` are computed."""
+    rows = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
     done = {row["key"] for row in rows}
-    jobs: list[tuple[object, float, int]] = {
-        "solve": [(condition, SECONDS, N_FRAGMENTS) for condition in MAIN],
-        "sweeps": [(condition, SWEEP_SECONDS, N_SWEEP) for condition in SWEEPS],
-        "modify": [(start, 0.0, N_MODIFY) for start in MODIFY],
-    }[arguments.what]
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.output.open("a") as output:
+    with output.open("a") as file:
         # Fragment by fragment, so that an unfinished run is a fair sample of all conditions.
-        for number, fragment in enumerate(fragments(arguments.set)):
-            for what, seconds, n in jobs:
+        for number, fragment in enumerate(fragments(path)):
+            for what, seconds, n in JOBS[name]:
                 key = f"{fragment.id}|{what}|{seconds}"
                 if number >= n or key in done:
                     continue
-                if isinstance(what, Condition):
-                    row = solve_one(fragment, what, seconds)
-                else:
-                    row = modify_one(fragment, str(what))
-                output.write(json.dumps({"key": key, "budget": seconds, **row}) + "\n")
-                output.flush()
+                found = (
+                    solve_one(fragment, what, seconds)
+                    if isinstance(what, Condition)
+                    else modify_one(fragment, str(what))
+                )
+                rows.append({"key": key, "budget": seconds, **found})
+                file.write(json.dumps(rows[-1]) + "\n")
+                file.flush()
+    return rows
+
+
+def section(data: Path, work: Path) -> str:
+    """Solve, modify and sweep; see the head of this file."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    split = work / "set" / "test.safetensors"
+    if not split.exists():
+        make_fragments([data / "structures" / "dev_chains.tar.xz"], split.parent)
+    rows = [row for name in JOBS for row in rows_of(name, split, work / f"{name}.jsonl")]
+    torch.set_num_threads(threads)
+    return (
+        "## Phases without a network\n\n"
+        "Fragments of 15 residues from parents of the test split, alone in tight P1 cells; amplitudes only, solvent "
+        f"not given; seconds of one core's time. bench/phasing_fragments.txt lists the {N_FRAGMENTS} fragments; "
+        f"sweeps take the first {N_SWEEP} of them with {SWEEP_SECONDS:.0f} s each, density modification the first "
+        f"{N_MODIFY}. `solved` is called without truth, `recovered` is a map CC above {RECOVERED} to the truth. "
+        "Search settings came from fragments of the training split; how the threshold of the call was set is told in "
+        "[phasing.md](phasing.md).\n\n" + tables(rows)
+    )
+
+
+def main() -> None:
+    """Draw the list of fragments again."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("set", type=Path, help="test.safetensors of the shared structures")
+    draw(parser.parse_args().set)
 
 
 if __name__ == "__main__":

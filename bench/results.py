@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import density_results
 import exact_results
 import examples_results
+import phasing_results
 import pipeline_elbo
 import pipeline_integrate
 import pipeline_unbiased
@@ -59,6 +60,7 @@ SECTIONS: dict[str, Callable[[Path, Path], str]] = {
     "stills": pipeline_integrate.stills_section,
     "quartz": pipeline_integrate.shoebox_section,
     "examples": examples_results.examples_section,
+    "phasing": phasing_results.section,
     "dipeptides": density_results.dipeptide_section,
     "elbo": pipeline_elbo.elbo_section,
 }
