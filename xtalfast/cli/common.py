@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from xtalfast.errors import InputError, MissingExtraError
 
 OutputOption = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Output directory, made if needed.")]
+DeviceOption = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu or cuda[:N].")]
 SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="Same seed, same result (CPU: same bits).")]
 ImageDirOption = Annotated[
     Path | None,

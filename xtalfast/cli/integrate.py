@@ -11,6 +11,7 @@ import typer
 
 from xtalfast.cli.common import (
     DebugOption,
+    DeviceOption,
     ImageDirOption,
     OutputOption,
     ProgressBars,
@@ -104,7 +105,7 @@ def integrate(
     image_dir: ImageDirOption = None,
     verify: Annotated[bool, typer.Option("--verify", help="Check the MD5 sum of every CBF image.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Ignore what an interrupted run left behind.")] = False,
-    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu or cuda[:N].")] = "auto",
+    device: DeviceOption = "auto",
     calibrate: Annotated[
         bool,
         typer.Option(

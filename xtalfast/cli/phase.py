@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from xtalfast.cli.common import DebugOption, ProgressBars, QuietOption, SeedOption, logging_to
+from xtalfast.cli.common import DebugOption, DeviceOption, ProgressBars, QuietOption, SeedOption, logging_to
 
 WeightsOption = Annotated[Path, typer.Option(metavar="FILE", help="Checkpoint of xtalfast train density.")]
 
@@ -73,7 +73,7 @@ def evaluate(
     controls: Annotated[
         bool, typer.Option("--controls", help="Also what spoilt input and the mean training density reach.")
     ] = False,
-    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu or cuda[:N].")] = "auto",
+    device: DeviceOption = "auto",
     seed: SeedOption = 0,
     quiet: QuietOption = False,
     debug: DebugOption = False,

@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from xtalfast.cli.common import DebugOption, OutputOption, ProgressBars, QuietOption, SeedOption, logging_to
+from xtalfast.cli.common import (
+    DebugOption,
+    DeviceOption,
+    OutputOption,
+    ProgressBars,
+    QuietOption,
+    SeedOption,
+    logging_to,
+)
 from xtalfast.cli.integrate import make_output
 
 
@@ -20,7 +28,7 @@ def integration(
         str | None, typer.Option(metavar="softmax|mvn|lowrank|dials", help="Spot shape. [preset]")
     ] = None,
     epochs: Annotated[int | None, typer.Option(metavar="N", help="Passes over the reflections. [preset]")] = None,
-    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu or cuda[:N].")] = "auto",
+    device: DeviceOption = "auto",
     restart: Annotated[bool, typer.Option("--restart", help="Ignore the checkpoints of an interrupted run.")] = False,
     seed: SeedOption = 0,
     quiet: QuietOption = False,
@@ -74,7 +82,7 @@ def density(
     recycle_from: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Network whose predictions become templates.")
     ] = None,
-    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu or cuda[:N].")] = "auto",
+    device: DeviceOption = "auto",
     restart: Annotated[bool, typer.Option("--restart", help="Ignore the checkpoints of an interrupted run.")] = False,
     seed: SeedOption = 0,
     quiet: QuietOption = False,
